@@ -1,0 +1,188 @@
+"""One error root, one catalogue of codes.
+
+Every failure that a user, a peer or a caller of the REST interface can meet has a stable code. The catalogue gives each
+code its family; the family gives the exit status and the HTTP status:
+
+    SealaneError
+    ├── UsageError      2  400  the caller asked for something that cannot be
+    ├── PeerError       3  502  the peer is hostile, broken, unknown or gone (detail never goes back to it)
+    ├── HostError       5  500  this host cannot: disk, memory, permissions, QEMU
+    ├── ControlError    6  409  not in this state: not found, conflict, refused, cancelled
+    ├── InDoubtError    7  409  the VM is paused and may run elsewhere; a person may have to decide
+    └── InternalError  70  500  our own fault
+
+Exit status 0 is success; 1 is left to the interpreter's own failures; 4 is kept for attestation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the catalogue knows of one code: what it means, what usually mends it, whether trying again can help."""
+
+    summary: str
+    mend: str
+    retryable: bool = False
+
+
+class SealaneError(Exception):
+    """Root of all errors that Sealane raises on purpose.
+
+    `code` stands in CATALOGUE, `detail` is one line in plain words, `mend` says what to do (the catalogue's by default).
+    """
+
+    exit_status: ClassVar[int] = 70
+    http_status: ClassVar[int] = 500
+
+    def __init__(self, code: str, detail: str = "", *, mend: str | None = None) -> None:
+        entry = CATALOGUE[code]
+        self.code = code
+        self.detail = " ".join((detail or entry.summary).split())
+        self.mend = entry.mend if mend is None else mend
+        self.retryable = entry.retryable
+        super().__init__(f"{self.detail} [{code}]")
+
+    def as_dict(self) -> dict[str, str | bool]:
+        """The error as it crosses the REST interface and the channel."""
+        return {"code": self.code, "detail": self.detail, "mend": self.mend, "retryable": self.retryable}
+
+
+class UsageError(SealaneError):
+    """The caller asked for something that cannot be."""
+
+    exit_status = 2
+    http_status = 400
+
+
+class PeerError(SealaneError):
+    """The peer is hostile, broken, unknown or gone."""
+
+    exit_status = 3
+    http_status = 502
+
+
+class HostError(SealaneError):
+    """This host cannot do it: disk, memory, permissions, QEMU."""
+
+    exit_status = 5
+
+
+class ControlError(SealaneError):
+    """Not possible in the present state: not found, conflict, refused, cancelled."""
+
+    exit_status = 6
+    http_status = 409
+
+
+class InDoubtError(SealaneError):
+    """The ticket left and no receipt came: the VM is paused here and may run there."""
+
+    exit_status = 7
+    http_status = 409
+
+
+class InternalError(SealaneError):
+    """Our own fault."""
+
+
+_HOST_RUNS = "nothing to do; the VM was not touched"
+_RETRY = "try again; if it stays, look at `sealane status` and the logs of both agents"
+_NETWORK = "look at the network between the hosts: something on it changed, repeated or dropped bytes"
+
+_FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
+    UsageError: {
+        "usage.argument": Entry("an argument does not fit", "see `--help` of the command"),
+        "usage.configuration": Entry("the configuration file does not fit", "mend the line that is named"),
+    },
+    PeerError: {
+        "peer.unreachable": Entry("no connection to the peer", "is its agent up, its address right, its port open?", True),
+        "peer.unknown": Entry("the peer's certificate is not trusted", "compare fingerprints, then `sealane trust add`"),
+        "peer.expired": Entry("the peer's certificate has expired", "run `sealane init --renew` there and trust the new one"),
+        "peer.not-yet-valid": Entry("the peer's certificate is not valid yet", "set the clocks of both hosts"),
+        "peer.tls": Entry("the TLS handshake failed", "is it a Sealane agent that listens there? compare versions"),
+        "peer.tls-version": Entry("the peer does not speak TLS 1.3", "bring the peer to a current Sealane"),
+        "peer.preface": Entry("a connection did not open as Sealane's do", "see which program connects to the port"),
+        "peer.slow": Entry("the peer did not answer in time", _RETRY, True),
+        "peer.closed": Entry("the peer closed the channel", "see the peer's log", True),
+        "peer.message": Entry("the peer sent a message that does not fit", "bring both hosts to the same Sealane version"),
+        "peer.version": Entry("the peer speaks another protocol version", "bring both hosts to the same Sealane version"),
+        "peer.busy": Entry("the peer is at its limit of migrations", "wait for the others to end", True),
+        "lane.integrity": Entry("a record did not open: it was changed on the way", _NETWORK),
+        "lane.replay": Entry("a record came a second time", _NETWORK),
+        "lane.reordered": Entry("a record came out of order, or one is missing", _NETWORK),
+        "lane.foreign": Entry("a record belongs to another lane or migration", _NETWORK),
+        "lane.malformed": Entry("a record's header does not fit", _NETWORK),
+        "lane.truncated": Entry("a lane ended without its authenticated close", _NETWORK, True),
+        "lane.after-close": Entry("bytes came after a lane's authenticated close", _NETWORK),
+        "lane.cut": Entry("a lane's connection broke", _NETWORK, True),
+    },
+    HostError: {
+        "host.identity-missing": Entry("this host has no identity", "run `sealane init`"),
+        "host.store": Entry("the journal cannot be read or written", "look at the free space and the permissions of the state directory"),
+        "host.disk-full": Entry("no space is left for the journal", "free some space in the state directory", True),
+        "host.permission": Entry("a file or socket is not accessible", "run as root, or give the agent's user access"),
+        "host.port": Entry("the port cannot be opened", "is another agent running? choose another with --listen"),
+        "vm.unreachable": Entry("QEMU does not answer on the VM's QMP socket", "is the VM up, and no other client on its QMP socket?", True),
+        "vm.qmp": Entry("QEMU refused a command", "see the message"),
+        "launch.failed": Entry("the destination's QEMU did not start", "run the VM's launch command by hand on the destination"),
+        "launch.slow": Entry("the destination's QEMU did not answer in time", "run the VM's launch command by hand on the destination", True),
+        "migration.qemu-failed": Entry("QEMU ended the migration", "see the message"),
+        "migration.destination-died": Entry("the destination's QEMU ended in mid-stream", "see the QEMU log at the destination"),
+        "migration.hook-failed": Entry("the switch-over hook said no", "see the hook's own output"),
+        "enclave.died": Entry("the enclave process ended", "see the agent's log", True),
+        "enclave.slow": Entry("the enclave process did not answer in time", _RETRY, True),
+    },
+    ControlError: {
+        "agent.unreachable": Entry("no agent answers on this host", "start it: `systemctl start sealane`, or `sealane agent`"),
+        "agent.running": Entry("an agent already runs here", "use that one, or stop it first"),
+        "agent.stopping": Entry("the agent is stopping", "start it again, then try again", True),
+        "agent.restarted": Entry("the agent was restarted while the migration ran", _RETRY, True),
+        "identity.exists": Entry("this host has an identity already", "keep it; `sealane init --renew` makes a new certificate"),
+        "trust.unknown": Entry("no such peer", "see `sealane trust list`; add it with `sealane trust add`"),
+        "trust.exists": Entry("a peer of that name has another fingerprint", "remove it first, if the change is meant"),
+        "trust.no-address": Entry("the peer has no address", "add one: `sealane trust add NAME FINGERPRINT --address HOST`"),
+        "vm.unknown": Entry("no such VM on this host", "see `sealane vm list`; add it with `sealane vm add`"),
+        "vm.exists": Entry("a VM of that name is there already", "choose another name, or remove that one"),
+        "vm.busy": Entry("the VM is in a migration already", "see `sealane status`, or `sealane cancel` it"),
+        "vm.not-running": Entry("the VM does not run here", "see `sealane vm list`"),
+        "migration.unknown": Entry("no such migration", "see `sealane status`"),
+        "migration.over": Entry("the migration has ended already", "see `sealane status`"),
+        "migration.too-late": Entry("the hand-over has begun and can no longer be cancelled", "wait for its end"),
+        "migration.cancelled": Entry("the migration was cancelled", _HOST_RUNS),
+        "check.vm-unknown": Entry("the destination does not know the VM", "add it there: `sealane vm add NAME --qmp PATH --launch-incoming …`"),
+        "check.vm-present": Entry("the VM runs at the destination already", "see `sealane vm list` there"),
+        "check.no-launch": Entry("the destination has no launch command for the VM", "add it there with --launch-incoming"),
+        "check.qemu-version": Entry("the destination's QEMU is older than the source's machine allows", "bring QEMU there to the same version"),
+        "check.machine-type": Entry("the machine types differ", "launch the destination with the source's versioned machine type"),
+        "check.memory": Entry("the memory sizes differ", "launch the destination with the source's -m"),
+        "check.capabilities": Entry("a migration capability is missing", "bring both QEMUs to versions that have it"),
+        "check.free-memory": Entry("the destination has too little free memory", "free some there, or choose another host"),
+        "check.cpus": Entry("the numbers of CPUs differ", "launch the destination with the source's -smp"),
+        "handover.refused": Entry("the destination refused the hand-over", "see the destination's log"),
+        "handover.digest": Entry("the two ends saw different streams", _NETWORK),
+    },
+    InDoubtError: {
+        "handover.in-doubt": Entry("the VM is paused here and may run there", "look at the destination: `sealane status` there"),
+    },
+    InternalError: {
+        "internal.error": Entry("an unexpected error", "please report it, with the agent's log"),
+    },
+}
+
+CATALOGUE: Mapping[str, Entry] = {code: entry for family in _FAMILIES.values() for code, entry in family.items()}
+_FAMILY_OF: Mapping[str, type[SealaneError]] = {code: family for family, codes in _FAMILIES.items() for code in codes}
+
+
+def family_of(code: str) -> type[SealaneError]:
+    """The class that errors of this code have; InternalError where the code is unknown (a newer peer's)."""
+    return _FAMILY_OF.get(code, InternalError)
+
+
+def make_error(code: str, detail: str = "", *, mend: str | None = None) -> SealaneError:
+    """An error of the class that the catalogue gives this code; unknown codes become `internal.error`."""
+    if code not in CATALOGUE:
+        return InternalError("internal.error", f"{code}: {detail}")
+    return family_of(code)(code, detail, mend=mend)

@@ -1,0 +1,145 @@
+"""What crosses the agent's REST interface, and nothing else: requests, answers and the lines of an event stream.
+
+Units stand in the names. Every answer that is not 2xx is a `Problem` (RFC 9457, `application/problem+json`).
+"""
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sealane.limits import LANES_MAX
+
+Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Fingerprint = Annotated[str, Field(pattern=r"^SHA256:[0-9a-f]{64}$")]
+MigrationId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+Role = Literal["source", "destination"]
+State = Literal["preparing", "copying", "switching-over", "handing-over", "completed", "aborted", "in-doubt"]
+VmState = Literal["running", "paused", "incoming", "absent", "unreachable", "in-doubt"]
+RunsAt = Literal["source", "destination", "in-doubt", "nowhere"]
+
+
+class Model(BaseModel):
+    """Closed and immutable: unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Problem(Model):
+    """An error as RFC 9457 has it, with Sealane's code and mend; `detail` is one line."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    code: str
+    mend: str = ""
+    retryable: bool = False
+
+
+class Host(Model):
+    """Who this agent is."""
+
+    name: str
+    version: str
+    fingerprint: Fingerprint
+    not_after: datetime
+    listen: str
+    root_of_trust: str
+    migrations_active: int
+
+
+class Peer(Model):
+    """A host whose certificate is trusted; without an address it can only be received from."""
+
+    name: Name
+    fingerprint: Fingerprint
+    address: str | None = None
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+
+
+class VmDefinition(Model):
+    """A VM as the user names it: its QMP socket here, and how to launch it to receive a migration here."""
+
+    name: Name
+    qmp: Annotated[str, Field(min_length=1, max_length=107, pattern=r"^/")]
+    launch_incoming: list[str] | None = None
+
+
+class Vm(VmDefinition):
+    """A VM and what is known of it now."""
+
+    driver: Literal["qmp"] = "qmp"
+    source: Literal["registered", "file"] = "registered"
+    state: VmState
+    memory_bytes: int | None = None
+    cpus: int | None = None
+    machine_type: str | None = None
+    qemu_version: str | None = None
+    epoch: int = 0
+    migration: MigrationId | None = None
+
+
+class MigrationRequest(Model):
+    """Move `vm` to the peer `host`. None means: the default, chosen by what both ends have."""
+
+    vm: Name
+    host: Name
+    multifd_channels: Annotated[int, Field(ge=0, le=LANES_MAX - 2)] | None = None
+    max_bandwidth_bytes_per_s: Annotated[int, Field(ge=0)] | None = None
+    downtime_limit_ms: Annotated[int, Field(ge=1, le=2_000_000)] | None = None
+    switchover_hook: list[str] | None = None
+
+
+class Progress(Model):
+    """How far a migration is. Rates are of the last interval; None where nothing is known yet."""
+
+    bytes_total: int = 0
+    bytes_remaining: int = 0
+    bytes_transferred: int = 0
+    bytes_wire: int = 0
+    rate_bytes_per_s: float | None = None
+    dirty_rate_bytes_per_s: float | None = None
+    iteration: int = 0
+    eta_s: float | None = None
+
+
+class Result(Model):
+    """What a migration took: `total_ms` from the request to the receipt, `copy_ms` from QEMU's `migrate` to the receipt,
+    `downtime_ms` from the guest's stop at the source to its resumption at the destination, as the source sees both."""
+
+    total_ms: float
+    copy_ms: float | None = None
+    downtime_ms: float | None = None
+    bytes_wire: int = 0
+
+
+class Migration(Model):
+    """One migration as one host sees it."""
+
+    id: MigrationId
+    number: int
+    vm: str
+    role: Role
+    peer: str
+    state: State
+    runs_at: RunsAt
+    started_at: datetime
+    ended_at: datetime | None = None
+    detail: str = ""
+    problem: Problem | None = None
+    progress: Progress = Progress()
+    result: Result | None = None
+    protection: str = "sealed"
+    tls_version: str | None = None
+    kex_group: str | None = None
+    cipher: str | None = None
+    multifd_channels: int | None = None
+
+
+class Event(Model):
+    """One line of `GET /v1/migrations/{id}/events` (NDJSON): the first tells the present state, the last one ends it."""
+
+    type: Literal["state", "progress", "end"]
+    migration: Migration

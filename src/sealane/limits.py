@@ -1,0 +1,61 @@
+"""Every cap in one place, each with its reason. Sizes in bytes, times in seconds."""
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+
+# The one TCP port. IANA lists 48130-48555 as unassigned (service name and port registry); nothing below /etc/services claims it.
+DEFAULT_PORT: Final = 48217
+
+# A record's payload. 256 KiB to 1 MiB keeps a record inside a core's L2 cache between the socket and the cipher, and costs
+# one system call and one tag per record; QEMU's multifd packets carry at most 512 KiB.
+RECORD_PAYLOAD_MAX: Final = 512 * KIB
+
+# One channel message (hello, prepare, ticket …): the largest is `prepare` with its list of capabilities, about 4 KiB.
+CHANNEL_MESSAGE_MAX: Final = 64 * KIB
+
+# One ecall or ocall between agent and enclave: a channel message and its envelope must fit.
+ECALL_MESSAGE_MAX: Final = 128 * KIB
+
+# Lanes of one migration: main, multifd channels and postcopy's preempt channel. QEMU's multifd-channels is a byte; more than
+# 32 channels gain nothing on any hardware that was measured.
+LANES_MAX: Final = 34
+
+# Multifd channels taken by default where both ends have multifd: one per core up to this.
+MULTIFD_CHANNELS_DEFAULT: Final = 2
+
+# Connections whose preface has not arrived yet. When the table is full the oldest is dropped, so that idle connections never
+# keep a peer out; a preface is 32 bytes, so this bounds memory to some 100 KiB.
+PENDING_CONNECTIONS_MAX: Final = 128
+PREFACE_TIMEOUT_S: Final = 5.0
+
+# Enclaves of incoming migrations whose peer has not proved who it is. Each costs a process of about 35 MB.
+UNPROVEN_ENCLAVES_MAX: Final = 8
+# Migrations in progress, in both directions together.
+MIGRATIONS_MAX: Final = 16
+
+HANDSHAKE_TIMEOUT_S: Final = 15.0
+CHANNEL_ANSWER_TIMEOUT_S: Final = 60.0
+LANE_OPEN_TIMEOUT_S: Final = 15.0
+ENCLAVE_START_TIMEOUT_S: Final = 30.0
+LAUNCH_TIMEOUT_S: Final = 60.0
+QMP_TIMEOUT_S: Final = 20.0
+HOOK_TIMEOUT_S: Final = 10.0
+# Between the source's last byte and the destination's `loaded`: QEMU has only to load the device state that it was sent.
+LOADED_TIMEOUT_S: Final = 60.0
+# How long a stopped agent lets its migrations end before it aborts them.
+STOP_GRACE_S: Final = 10.0
+
+# A channel that says nothing for this long while the peer should answer pings is dead (TCP keep-alive finds a vanished host).
+TCP_KEEPALIVE_IDLE_S: Final = 5
+TCP_KEEPALIVE_INTERVAL_S: Final = 2
+TCP_KEEPALIVE_PROBES: Final = 5
+# Unacknowledged data for this long means that the peer is gone (RFC 5482).
+TCP_USER_TIMEOUT_MS: Final = 20_000
+
+# AES-256-GCM: NIST SP 800-38D and RFC 8446 5.5 bound the blocks under one key. A record of 512 KiB has 2^15 blocks and one for
+# the tag; a key used for 2^18 records covers less than 2^34 blocks, which keeps the distinguishing advantage (blocks^2 / 2^128)
+# below 2^-60. Then both ends move to the next key by themselves, 128 GiB further on.
+RECORDS_PER_KEY: Final = 1 << 18

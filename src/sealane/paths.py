@@ -1,0 +1,55 @@
+"""Where Sealane keeps its state, its sockets and its configuration; each movable by one environment variable."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+STATE_VARIABLE = "SEALANE_STATE_DIR"
+RUN_VARIABLE = "SEALANE_RUN_DIR"
+CONFIG_VARIABLE = "SEALANE_CONFIG_DIR"
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The three directories of one host (FHS 3.0: 5.8 /var/lib, 3.15 /run, 3.7 /etc)."""
+
+    state: Path
+    run: Path
+    config: Path
+
+    @classmethod
+    def from_environment(cls) -> "Paths":
+        """The directories that the environment names, or else the system's."""
+        return cls(
+            state=Path(os.environ.get(STATE_VARIABLE, "/var/lib/sealane")),
+            run=Path(os.environ.get(RUN_VARIABLE, "/run/sealane")),
+            config=Path(os.environ.get(CONFIG_VARIABLE, "/etc/sealane")),
+        )
+
+    @property
+    def agent_socket(self) -> Path:
+        """The agent's REST socket."""
+        return self.run / "agent.sock"
+
+    @property
+    def database(self) -> Path:
+        """The journal, the peers and the VMs (SQLite)."""
+        return self.state / "sealane.db"
+
+    @property
+    def identity_key(self) -> Path:
+        """The host's Ed25519 private key (PEM, PKCS#8, mode 0600)."""
+        return self.state / "identity.key"
+
+    @property
+    def identity_certificate(self) -> Path:
+        """The host's self-signed certificate (PEM)."""
+        return self.state / "identity.crt"
+
+    def environment(self) -> dict[str, str]:
+        """The variables that point another process at the same directories."""
+        return {
+            STATE_VARIABLE: str(self.state),
+            RUN_VARIABLE: str(self.run),
+            CONFIG_VARIABLE: str(self.config),
+        }
