@@ -98,17 +98,27 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         "usage.configuration": Entry("the configuration file does not fit", "mend the line that is named"),
     },
     PeerError: {
-        "peer.unreachable": Entry("no connection to the peer", "is its agent up, its address right, its port open?", True),
-        "peer.unknown": Entry("the peer's certificate is not trusted", "compare fingerprints, then `sealane trust add`"),
-        "peer.expired": Entry("the peer's certificate has expired", "run `sealane init --renew` there and trust the new one"),
+        "peer.unreachable": Entry(
+            "no connection to the peer", "is its agent up, its address right, its port open?", True
+        ),
+        "peer.unknown": Entry(
+            "the peer's certificate is not trusted", "compare fingerprints, then `sealane trust add`"
+        ),
+        "peer.expired": Entry(
+            "the peer's certificate has expired", "run `sealane init --renew` there and trust the new one"
+        ),
         "peer.not-yet-valid": Entry("the peer's certificate is not valid yet", "set the clocks of both hosts"),
         "peer.tls": Entry("the TLS handshake failed", "is it a Sealane agent that listens there? compare versions"),
         "peer.tls-version": Entry("the peer does not speak TLS 1.3", "bring the peer to a current Sealane"),
         "peer.preface": Entry("a connection did not open as Sealane's do", "see which program connects to the port"),
         "peer.slow": Entry("the peer did not answer in time", _RETRY, True),
         "peer.closed": Entry("the peer closed the channel", "see the peer's log", True),
-        "peer.message": Entry("the peer sent a message that does not fit", "bring both hosts to the same Sealane version"),
-        "peer.version": Entry("the peer speaks another protocol version", "bring both hosts to the same Sealane version"),
+        "peer.message": Entry(
+            "the peer sent a message that does not fit", "bring both hosts to the same Sealane version"
+        ),
+        "peer.version": Entry(
+            "the peer speaks another protocol version", "bring both hosts to the same Sealane version"
+        ),
         "peer.busy": Entry("the peer is at its limit of migrations", "wait for the others to end", True),
         "lane.integrity": Entry("a record did not open: it was changed on the way", _NETWORK),
         "lane.replay": Entry("a record came a second time", _NETWORK),
@@ -121,29 +131,47 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
     },
     HostError: {
         "host.identity-missing": Entry("this host has no identity", "run `sealane init`"),
-        "host.store": Entry("the journal cannot be read or written", "look at the free space and the permissions of the state directory"),
+        "host.store": Entry(
+            "the journal cannot be read or written", "look at the free space and the permissions of the state directory"
+        ),
         "host.disk-full": Entry("no space is left for the journal", "free some space in the state directory", True),
         "host.permission": Entry("a file or socket is not accessible", "run as root, or give the agent's user access"),
         "host.port": Entry("the port cannot be opened", "is another agent running? choose another with --listen"),
-        "vm.unreachable": Entry("QEMU does not answer on the VM's QMP socket", "is the VM up, and no other client on its QMP socket?", True),
+        "vm.unreachable": Entry(
+            "QEMU does not answer on the VM's QMP socket", "is the VM up, and no other client on its QMP socket?", True
+        ),
         "vm.qmp": Entry("QEMU refused a command", "see the message"),
-        "launch.failed": Entry("the destination's QEMU did not start", "run the VM's launch command by hand on the destination"),
-        "launch.slow": Entry("the destination's QEMU did not answer in time", "run the VM's launch command by hand on the destination", True),
+        "launch.failed": Entry(
+            "the destination's QEMU did not start", "run the VM's launch command by hand on the destination"
+        ),
+        "launch.slow": Entry(
+            "the destination's QEMU did not answer in time",
+            "run the VM's launch command by hand on the destination",
+            True,
+        ),
         "migration.qemu-failed": Entry("QEMU ended the migration", "see the message"),
-        "migration.destination-died": Entry("the destination's QEMU ended in mid-stream", "see the QEMU log at the destination"),
+        "migration.destination-died": Entry(
+            "the destination's QEMU ended in mid-stream", "see the QEMU log at the destination"
+        ),
         "migration.hook-failed": Entry("the switch-over hook said no", "see the hook's own output"),
         "enclave.died": Entry("the enclave process ended", "see the agent's log", True),
         "enclave.slow": Entry("the enclave process did not answer in time", _RETRY, True),
     },
     ControlError: {
-        "agent.unreachable": Entry("no agent answers on this host", "start it: `systemctl start sealane`, or `sealane agent`"),
+        "agent.unreachable": Entry(
+            "no agent answers on this host", "start it: `systemctl start sealane`, or `sealane agent`"
+        ),
         "agent.running": Entry("an agent already runs here", "use that one, or stop it first"),
         "agent.stopping": Entry("the agent is stopping", "start it again, then try again", True),
         "agent.restarted": Entry("the agent was restarted while the migration ran", _RETRY, True),
-        "identity.exists": Entry("this host has an identity already", "keep it; `sealane init --renew` makes a new certificate"),
+        "identity.exists": Entry(
+            "this host has an identity already", "keep it; `sealane init --renew` makes a new certificate"
+        ),
         "trust.unknown": Entry("no such peer", "see `sealane trust list`; add it with `sealane trust add`"),
         "trust.exists": Entry("a peer of that name has another fingerprint", "remove it first, if the change is meant"),
-        "trust.no-address": Entry("the peer has no address", "add one: `sealane trust add NAME FINGERPRINT --address HOST`"),
+        "trust.no-address": Entry(
+            "the peer has no address", "add one: `sealane trust add NAME FINGERPRINT --address HOST`"
+        ),
         "vm.unknown": Entry("no such VM on this host", "see `sealane vm list`; add it with `sealane vm add`"),
         "vm.exists": Entry("a VM of that name is there already", "choose another name, or remove that one"),
         "vm.busy": Entry("the VM is in a migration already", "see `sealane status`, or `sealane cancel` it"),
@@ -152,20 +180,32 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         "migration.over": Entry("the migration has ended already", "see `sealane status`"),
         "migration.too-late": Entry("the hand-over has begun and can no longer be cancelled", "wait for its end"),
         "migration.cancelled": Entry("the migration was cancelled", _HOST_RUNS),
-        "check.vm-unknown": Entry("the destination does not know the VM", "add it there: `sealane vm add NAME --qmp PATH --launch-incoming …`"),
+        "check.vm-unknown": Entry(
+            "the destination does not know the VM", "add it there: `sealane vm add NAME --qmp PATH --launch-incoming …`"
+        ),
         "check.vm-present": Entry("the VM runs at the destination already", "see `sealane vm list` there"),
-        "check.no-launch": Entry("the destination has no launch command for the VM", "add it there with --launch-incoming"),
-        "check.qemu-version": Entry("the destination's QEMU is older than the source's machine allows", "bring QEMU there to the same version"),
-        "check.machine-type": Entry("the machine types differ", "launch the destination with the source's versioned machine type"),
+        "check.no-launch": Entry(
+            "the destination has no launch command for the VM", "add it there with --launch-incoming"
+        ),
+        "check.qemu-version": Entry(
+            "the destination's QEMU is older than the source's machine allows", "bring QEMU there to the same version"
+        ),
+        "check.machine-type": Entry(
+            "the machine types differ", "launch the destination with the source's versioned machine type"
+        ),
         "check.memory": Entry("the memory sizes differ", "launch the destination with the source's -m"),
         "check.capabilities": Entry("a migration capability is missing", "bring both QEMUs to versions that have it"),
-        "check.free-memory": Entry("the destination has too little free memory", "free some there, or choose another host"),
+        "check.free-memory": Entry(
+            "the destination has too little free memory", "free some there, or choose another host"
+        ),
         "check.cpus": Entry("the numbers of CPUs differ", "launch the destination with the source's -smp"),
         "handover.refused": Entry("the destination refused the hand-over", "see the destination's log"),
         "handover.digest": Entry("the two ends saw different streams", _NETWORK),
     },
     InDoubtError: {
-        "handover.in-doubt": Entry("the VM is paused here and may run there", "look at the destination: `sealane status` there"),
+        "handover.in-doubt": Entry(
+            "the VM is paused here and may run there", "look at the destination: `sealane status` there"
+        ),
     },
     InternalError: {
         "internal.error": Entry("an unexpected error", "please report it, with the agent's log"),

@@ -1,0 +1,1 @@
+"""The TM-Enclave: one process per migration that holds the keys and pumps the bytes."""

@@ -1,0 +1,1 @@
+"""Sealed records: what crosses a lane."""

@@ -1,0 +1,1 @@
+"""State machines without I/O: the preface, the channel, the hand-over."""

@@ -46,7 +46,7 @@ class Input(StrEnum):
     TICKET_JOURNALLED = "ticket-journalled"  # destination: journalled that the VM is its own
     RECEIPT = "receipt"  # source: received; destination: sent, the VM runs
     FAILED = "failed"  # anything that went wrong, cancel included
-    REFUSED = "refused"  # source: the destination says that it refused the ticket and destroyed its copy
+    REFUSED = "refused"  # the destination refused the ticket and destroyed its copy (source: was told so)
 
 
 ENDED: Final = frozenset({State.COMPLETED, State.ABORTED})
@@ -72,8 +72,8 @@ TRANSITIONS: Final[Mapping[Role, Mapping[State, Mapping[Input, State]]]] = {
     Role.DESTINATION: {
         **_COMMON,
         State.SWITCHING_OVER: {Input.TICKET_JOURNALLED: State.HANDING_OVER, Input.FAILED: State.ABORTED},
-        # The ticket is ours: a lost link changes nothing, the VM runs here.
-        State.HANDING_OVER: {Input.RECEIPT: State.COMPLETED, Input.FAILED: State.COMPLETED},
+        # The ticket is ours: a lost link changes nothing. Only a copy that never ran and is destroyed may be refused.
+        State.HANDING_OVER: {Input.RECEIPT: State.COMPLETED, Input.REFUSED: State.ABORTED},
         State.COMPLETED: {},
         State.ABORTED: {},
     },
@@ -88,7 +88,7 @@ class Handover:
         self.state = state
 
     def step(self, happened: Input) -> State:
-        """Move on; raises ControlError `internal` misuse as `migration.over` where the table has no such step."""
+        """Move on; raises ControlError `migration.over` where the table has no such step."""
         following = TRANSITIONS[self.role][self.state].get(happened)
         if following is None:
             raise ControlError("migration.over", f"{self.role} is {self.state}: {happened} cannot happen there")

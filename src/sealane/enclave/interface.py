@@ -1,0 +1,223 @@
+"""The enclave's whole interface: ecalls (agent to enclave) and ocalls (enclave to agent).
+
+They cross one SOCK_SEQPACKET socket pair, one JSON object a packet, file descriptors beside them (SCM_RIGHTS). Nothing
+else connects the two processes but the descriptors that are handed over. Order:
+
+    agent    Begin + channel          the enclave ends TLS on this connection
+    enclave  PeerEstablished
+    both     SendMessage / Message    the agents talk, in what order they like
+    agent    OpenLanes + listener, connections      (source)
+             AcceptLane + connection, for each      (destination)
+    enclave  LanesOpen                the peer has proved, on each lane, that it holds its keys
+             VmWanted                 (destination) the lane's first bytes are there
+    agent    AttachVm + connection    (destination) dialled only now: QEMU takes a silent connection for a stream
+    enclave  Counters, now and then
+             LanesClosed              every lane was closed by both ends; the digest is the same at both
+    agent    Finish, or Abort at any time
+    enclave  Failed, at any time; the last ocall
+"""
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Final, TypeAlias, get_args
+
+from sealane.errors import InternalError
+from sealane.limits import ECALL_MESSAGE_MAX, LANES_MAX
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Open the channel on the descriptor. `trusted` maps fingerprints to names; `now` is ISO 8601 with an offset."""
+
+    role: str
+    migration: str
+    key_pem: str = field(repr=False)
+    certificate_pem: str
+    trusted: dict[str, str]
+    protection: str
+    now: str
+
+
+@dataclass(frozen=True)
+class OpenLanes:
+    """Source: descriptors are the listener that QEMU will dial, then one connection a lane, lane 0 first."""
+
+
+@dataclass(frozen=True)
+class AcceptLane:
+    """Destination: the descriptor is a connection whose preface named this lane."""
+
+    lane: int
+
+
+@dataclass(frozen=True)
+class ExpectLanes:
+    """Destination: so many lanes will come."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class AttachVm:
+    """Destination: the descriptor is a connection to QEMU for this lane."""
+
+    lane: int
+
+
+@dataclass(frozen=True)
+class SendMessage:
+    """A message for the peer's agent."""
+
+    payload: str
+
+
+@dataclass(frozen=True)
+class Abort:
+    """End the migration now: tell the peer why, close everything, exit."""
+
+    code: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Everything is said: say so to the peer and exit."""
+
+
+@dataclass(frozen=True)
+class PeerEstablished:
+    """The peer is known, its certificate valid, and its hello fits."""
+
+    peer_name: str
+    peer_fingerprint: str
+    tls_version: str
+    kex_group: str
+    cipher: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message from the peer's agent."""
+
+    payload: str
+
+
+@dataclass(frozen=True)
+class LanesOpen:
+    """Every lane is proved in both directions."""
+
+
+@dataclass(frozen=True)
+class VmWanted:
+    """The first bytes for QEMU have come on this lane."""
+
+    lane: int
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Bytes so far, over all lanes: on the wire (records, both directions) and of plaintext."""
+
+    wire_bytes: int
+    plaintext_bytes: int
+
+
+@dataclass(frozen=True)
+class LanesClosed:
+    """Every lane was closed by both ends; `digest` covers every record of both directions (SHA-256, hexadecimal)."""
+
+    digest: str
+    wire_bytes: int
+    plaintext_bytes: int
+
+
+@dataclass(frozen=True)
+class PeerFinished:
+    """The peer said that everything is said."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The migration's lane is over, for this reason; `by_peer` where the peer gave it."""
+
+    code: str
+    detail: str
+    by_peer: bool
+
+
+Ecall: TypeAlias = Begin | OpenLanes | ExpectLanes | AcceptLane | AttachVm | SendMessage | Abort | Finish
+Ocall: TypeAlias = PeerEstablished | Message | LanesOpen | VmWanted | Counters | LanesClosed | PeerFinished | Failed
+Call: TypeAlias = Ecall | Ocall
+
+_BY_NAME: Final[dict[str, type[Any]]] = {cls.__name__: cls for cls in (*get_args(Ecall), *get_args(Ocall))}
+_PLAIN: Final[dict[Any, type[Any]]] = {str: str, int: int, bool: bool}
+
+
+def encode_call(call: Call) -> bytes:
+    """One packet."""
+    packet = json.dumps({"call": type(call).__name__, **asdict(call)}).encode()
+    if len(packet) > ECALL_MESSAGE_MAX:
+        raise InternalError("internal.error", f"{type(call).__name__} of {len(packet)} bytes")
+    return packet
+
+
+def parse_call(packet: bytes) -> Call:
+    """Read one packet, every field checked by type; raises InternalError."""
+    try:
+        said = json.loads(packet)
+        cls = _BY_NAME[said.pop("call")]
+        if set(said) != {f.name for f in fields(cls)} or not all(_fits(said[f.name], f.type) for f in fields(cls)):
+            raise ValueError("fields do not fit")
+        call: Call = cls(**said)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InternalError("internal.error", f"a call that does not fit: {type(error).__name__}") from None
+    return call
+
+
+def _fits(value: object, annotation: object) -> bool:
+    if annotation == dict[str, str]:
+        return isinstance(value, dict) and all(isinstance(part, str) for item in value.items() for part in item)
+    return type(value) is _PLAIN[annotation]
+
+
+class CallSocket:
+    """One end of the socket pair."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+
+    def fileno(self) -> int:
+        """The descriptor, for selectors."""
+        return self.connection.fileno()
+
+    def send(self, call: Call, descriptors: Sequence[int] = ()) -> None:
+        """Send one call; raises OSError where the other process is gone."""
+        socket.send_fds(self.connection, [encode_call(call)], list(descriptors))
+
+    def receive(self) -> tuple[Call, list[socket.socket]] | None:
+        """The next call and the sockets beside it; None where the other process is gone."""
+        packet, descriptors, flags, _ = socket.recv_fds(self.connection, ECALL_MESSAGE_MAX, LANES_MAX + 1)
+        sockets = [socket.socket(fileno=descriptor) for descriptor in descriptors]
+        if not packet:
+            return None
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise InternalError("internal.error", "a call was cut short")
+        return parse_call(packet), sockets
+
+    def close(self) -> None:
+        """Close this end."""
+        self.connection.close()
+
+
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """A fresh pair: the agent's end, the enclave's end."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def close_descriptors(descriptors: Sequence[int]) -> None:
+    """Close what was handed over."""
+    for descriptor in descriptors:
+        os.close(descriptor)

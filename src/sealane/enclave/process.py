@@ -1,0 +1,337 @@
+"""The enclave's main loop: ecalls, the channel, and what the lanes tell, in one thread; the lanes pump in theirs.
+
+The first failure ends everything: the peer is told by the channel, then every connection is closed, so that QEMU at
+both ends sees its migration fail, and the agent hears `Failed`. A lane that merely broke says little; where the peer's
+reason follows within GRACE_S, that one is told instead.
+"""
+
+import contextlib
+import hashlib
+import os
+import queue
+import selectors
+import socket
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import Final
+
+from sealane.crypto.aead import CIPHER_NAME
+from sealane.crypto.identity import load_identity_pem
+from sealane.enclave import lane as lanes
+from sealane.enclave.interface import (
+    Abort,
+    AcceptLane,
+    AttachVm,
+    Begin,
+    CallSocket,
+    Counters,
+    Ecall,
+    ExpectLanes,
+    Failed,
+    Finish,
+    LanesClosed,
+    LanesOpen,
+    Message,
+    Ocall,
+    OpenLanes,
+    PeerEstablished,
+    PeerFinished,
+    SendMessage,
+    VmWanted,
+)
+from sealane.errors import InternalError, PeerError, SealaneError, make_error
+from sealane.limits import LANES_MAX
+from sealane.session.channel import Channel, Established, MessageReceived, PeerRefused, PeerSaidBye, Role
+from sealane.session.preface import ConnectionKind, Preface, encode_preface
+
+GRACE_S: Final = 2.0
+COUNTERS_EVERY_S: Final = 0.25
+_CHANNEL_READ_BYTES: Final = 64 * 1024
+# A break that the peer may explain better than we can.
+_SECONDARY: Final = frozenset({"lane.cut", "lane.truncated", "peer.closed"})
+
+
+class EnclaveOver(Exception):
+    """The loop ends."""
+
+
+class Enclave:
+    """One migration's enclave."""
+
+    def __init__(self, calls: CallSocket, clock: Callable[[], float] = time.monotonic) -> None:
+        self._calls, self._clock = calls, clock
+        self._selector = selectors.DefaultSelector()
+        self._happened: queue.SimpleQueue[lanes.Event] = queue.SimpleQueue()
+        self._wake, self._waker = socket.socketpair()
+        self._channel: Channel | None = None
+        self._connection: socket.socket | None = None
+        self._outgoing = b""
+        self._migration = ""
+        self._is_source = False
+        self._listener: socket.socket | None = None
+        self._dialled = 0
+        self._lanes: dict[int, lanes.Lane] = {}
+        self._expected = 0
+        self._opened: set[int] = set()
+        self._closed: set[int] = set()
+        self._suspended: SealaneError | None = None  # a secondary failure that waits for the peer's word
+        self._suspended_until = 0.0
+        self._counted_at = 0.0
+
+    def run(self) -> None:
+        """Serve until the migration is over."""
+        self._wake.setblocking(False)
+        self._selector.register(self._calls.connection, selectors.EVENT_READ, self._on_call)
+        self._selector.register(self._wake, selectors.EVENT_READ, self._on_lane_events)
+        try:
+            while True:
+                self._turn()
+        except EnclaveOver:
+            pass
+        finally:
+            self._close_all()
+
+    def _turn(self) -> None:
+        try:
+            for key, _ in self._selector.select(COUNTERS_EVERY_S):
+                key.data()
+            self._flush()
+            self._tick()
+        except SealaneError as error:
+            self._fail(error)
+        except OSError as error:
+            self._fail(PeerError("lane.cut", str(error)))
+
+    def _tick(self) -> None:
+        now = self._clock()
+        if self._suspended is not None and now >= self._suspended_until:
+            self._end(self._suspended, by_peer=False)
+        if self._lanes and now - self._counted_at >= COUNTERS_EVERY_S:
+            self._counted_at = now
+            self._tell(Counters(*self._count()))
+
+    # ---- the agent
+
+    def _on_call(self) -> None:
+        received = self._calls.receive()
+        if received is None:
+            raise EnclaveOver  # the agent is gone: closing everything makes QEMU fail the migration
+        call, sockets = received
+        self._serve(call, sockets)  # type: ignore[arg-type]
+
+    def _serve(self, call: Ecall, sockets: list[socket.socket]) -> None:
+        match call:
+            case Begin():
+                self._begin(call, *sockets)
+            case SendMessage():
+                self._need_channel().send_message(call.payload.encode())
+            case OpenLanes():
+                self._open_lanes(*sockets)
+            case ExpectLanes():
+                self._expected = call.count
+            case AcceptLane():
+                self._add_lane(call.lane, sockets[0]).start()
+            case AttachVm():
+                self._lanes[call.lane].attach(sockets[0])
+            case Abort():
+                self._end(make_error(call.code, call.detail), by_peer=False, tell_agent=False)
+            case Finish():
+                self._finish()
+
+    def _begin(self, call: Begin, connection: socket.socket) -> None:
+        if self._channel is not None or call.role not in {"source", "destination"}:
+            raise InternalError("internal.error", "a second Begin, or one without a role")
+        role: Role = "source" if call.role == "source" else "destination"
+        self._is_source, self._migration = role == "source", call.migration
+        self._channel = Channel(
+            load_identity_pem(call.key_pem.encode(), call.certificate_pem.encode()),
+            role=role,
+            migration=call.migration,
+            trusted=call.trusted,
+            protection=call.protection,
+            cipher=CIPHER_NAME,
+            now=datetime.fromisoformat(call.now),
+        )
+        self._connection = connection
+        connection.setblocking(False)
+        if self._is_source:
+            self._outgoing = encode_preface(Preface(ConnectionKind.CHANNEL, bytes.fromhex(call.migration)))
+        self._selector.register(connection, selectors.EVENT_READ, self._on_channel)
+
+    def _finish(self) -> None:
+        self._need_channel().say_bye()
+        self._flush(wait=True)
+        raise EnclaveOver
+
+    def _tell(self, call: Ocall) -> None:
+        try:
+            self._calls.send(call)
+        except OSError:
+            raise EnclaveOver from None
+
+    # ---- the channel
+
+    def _need_channel(self) -> Channel:
+        if self._channel is None:
+            raise InternalError("internal.error", "no channel yet")
+        return self._channel
+
+    def _on_channel(self) -> None:
+        channel, connection = self._need_channel(), self._connection
+        assert connection is not None  # noqa: S101 - registered with the channel
+        try:
+            data = connection.recv(_CHANNEL_READ_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._stop_reading()
+            raise PeerError("peer.closed", f"the channel broke: {error.strerror}") from error
+        if not data:
+            self._stop_reading()
+            channel.ended()
+        for event in channel.receive(data):
+            match event:
+                case Established():
+                    self._tell(
+                        PeerEstablished(
+                            event.peer_name, event.peer_fingerprint, event.tls_version, event.group, event.cipher
+                        )
+                    )
+                case MessageReceived():
+                    self._tell(Message(event.payload.decode("utf-8", "replace")))
+                case PeerRefused():
+                    self._end(event.error, by_peer=True)
+                case PeerSaidBye():
+                    self._tell(PeerFinished())
+                    self._stop_reading()
+
+    def _stop_reading(self) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(self._connection)  # type: ignore[arg-type]
+
+    def _flush(self, *, wait: bool = False) -> None:
+        if self._channel is None or self._connection is None:
+            return
+        self._outgoing += self._channel.bytes_to_send()
+        if wait:
+            self._connection.settimeout(GRACE_S)
+        while self._outgoing:
+            try:
+                self._outgoing = self._outgoing[self._connection.send(self._outgoing) :]
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                if not wait:
+                    raise PeerError("peer.closed", f"the channel broke: {error.strerror or error}") from error
+                return
+
+    # ---- the lanes
+
+    def _open_lanes(self, listener: socket.socket, *connections: socket.socket) -> None:
+        self._listener = listener
+        listener.setblocking(False)
+        self._selector.register(listener, selectors.EVENT_READ, self._on_vm_dialled)
+        self._expected = len(connections)
+        for index, connection in enumerate(connections):
+            preface = encode_preface(Preface(ConnectionKind.LANE, bytes.fromhex(self._migration), index))
+            self._add_lane(index, connection).start(preface)
+
+    def _add_lane(self, index: int, connection: socket.socket) -> lanes.Lane:
+        if index in self._lanes or not 0 <= index < min(self._expected, LANES_MAX):
+            connection.close()
+            raise PeerError("peer.preface", f"lane {index} is not expected")
+        lane = lanes.Lane(
+            connection,
+            index=index,
+            is_source=self._is_source,
+            migration_secret=self._need_channel().migration_secret(),
+            post=self._post,
+        )
+        self._lanes[index] = lane
+        return lane
+
+    def _on_vm_dialled(self) -> None:
+        assert self._listener is not None  # noqa: S101 - registered with the selector
+        connection, _ = self._listener.accept()
+        self._lanes[self._dialled].attach(connection)
+        self._dialled += 1
+        if self._dialled == self._expected:
+            self._selector.unregister(self._listener)
+            self._listener.close()
+            self._listener = None
+
+    def _post(self, event: lanes.Event) -> None:
+        """Called by the lanes' threads."""
+        self._happened.put(event)
+        with contextlib.suppress(OSError):
+            self._waker.send(b"!")
+
+    def _on_lane_events(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wake.recv(4096)
+        while True:
+            try:
+                event = self._happened.get_nowait()
+            except queue.Empty:
+                return
+            match event:
+                case lanes.Broken():
+                    self._fail(event.error)
+                case lanes.Wanted():
+                    self._tell(VmWanted(event.lane))
+                case lanes.Opened():
+                    self._opened.add(event.lane)
+                    if len(self._opened) == self._expected:
+                        self._tell(LanesOpen())
+                case lanes.Closed():
+                    self._closed.add(event.lane)
+                    if len(self._closed) == self._expected:
+                        self._tell(LanesClosed(self._digest(), *self._count()))
+
+    def _digest(self) -> str:
+        return hashlib.sha256(b"".join(self._lanes[index].digests for index in sorted(self._lanes))).hexdigest()
+
+    def _count(self) -> tuple[int, int]:
+        every = self._lanes.values()
+        return sum(lane.wire_bytes for lane in every), sum(lane.plaintext_bytes for lane in every)
+
+    # ---- the end
+
+    def _fail(self, error: SealaneError) -> None:
+        if error.code in _SECONDARY and error.code != "peer.closed" and self._suspended is None:
+            self._suspended, self._suspended_until = error, self._clock() + GRACE_S
+        elif self._suspended is not None and error.code in _SECONDARY:
+            if error.code == "peer.closed":
+                self._end(self._suspended, by_peer=False)
+        else:
+            self._end(error, by_peer=False)
+
+    def _end(self, error: SealaneError, *, by_peer: bool, tell_agent: bool = True) -> None:
+        if self._channel is not None and not by_peer:
+            with contextlib.suppress(SealaneError):
+                self._channel.refuse(error)
+                self._flush(wait=True)
+        self._close_lanes()
+        if tell_agent:
+            self._tell(Failed(error.code, error.detail, by_peer))
+        raise EnclaveOver
+
+    def _close_lanes(self) -> None:
+        for lane in self._lanes.values():
+            lane.abort()
+        for lane in self._lanes.values():
+            lane.join(GRACE_S)
+
+    def _close_all(self) -> None:
+        self._close_lanes()
+        for end in (self._listener, self._connection):
+            if end is not None:
+                end.close()
+        self._calls.close()
+
+
+def main(descriptor: int) -> None:
+    """Serve one migration on the inherited call socket."""
+    os.set_inheritable(descriptor, False)
+    Enclave(CallSocket(socket.socket(fileno=descriptor))).run()

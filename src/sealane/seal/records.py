@@ -1,0 +1,248 @@
+"""Sealed records, without I/O: what crosses a lane in one direction.
+
+A record is a header, a ciphertext as long as its plaintext, and a tag. Integers are big-endian.
+
+     0        1        2               4               8                       16                      24
+    +--------+--------+---------------+---------------+-----------------------+-----------------------+----------+-------+
+    |  kind  |  zero  |     zero      |    length     |       sequence        |      identifier       |ciphertext|  tag  |
+    +--------+--------+---------------+---------------+-----------------------+-----------------------+----------+-------+
+       u8       u8          u16          u32, bytes             u64              of lane and direction    length     16
+
+The header is the associated data. Rules, each with its error:
+
+ 1. kind, zero bytes and length fit                                     else `lane.malformed`
+ 2. the identifier is this lane's and direction's                       else `lane.foreign`
+ 3. header and ciphertext are what was sealed                           else `lane.integrity`
+ 4. the sequence number is the next one                                 else `lane.replay` (lower) or `lane.reordered` (higher)
+ 5. the first record is OPEN, and no other one is                       else `lane.malformed`
+ 6. nothing follows CLOSE                                               else `lane.after-close`
+ 7. the connection does not end before CLOSE                            else `lane.truncated`
+
+Plaintext is given out only after rule 4. A record that breaks any rule ends the lane: nothing is given out after it.
+Both ends keep a running SHA-256 over header and tag of every record, which the hand-over compares.
+"""
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final, TypeAlias
+
+from sealane.crypto.aead import TAG_BYTES, OpenFailed
+from sealane.errors import InternalError, PeerError
+from sealane.limits import RECORD_PAYLOAD_MAX
+from sealane.seal.keys import LaneKeys
+
+_HEADER: Final = struct.Struct(">BBHIQ8s")
+HEADER_BYTES: Final = _HEADER.size
+OVERHEAD_BYTES: Final = HEADER_BYTES + TAG_BYTES
+RECORD_BYTES_MAX: Final = RECORD_PAYLOAD_MAX + OVERHEAD_BYTES
+
+
+class Kind(IntEnum):
+    """What a record carries; a CLOSE and an OPEN carry nothing."""
+
+    OPEN = 1
+    DATA = 2
+    CLOSE = 3
+
+
+@dataclass(frozen=True)
+class LaneOpened:
+    """The peer holds this lane's keys."""
+
+
+@dataclass(frozen=True)
+class DataReceived:
+    """Authentic plaintext; the view is valid until the reader's next `space`."""
+
+    data: memoryview
+
+    def __repr__(self) -> str:
+        return f"DataReceived({len(self.data)} bytes)"
+
+
+@dataclass(frozen=True)
+class LaneClosed:
+    """The authenticated end: everything that was sent has come."""
+
+
+Event: TypeAlias = LaneOpened | DataReceived | LaneClosed
+
+_LENGTHS: Final = {
+    Kind.OPEN: range(1),
+    Kind.DATA: range(1, RECORD_PAYLOAD_MAX + 1),
+    Kind.CLOSE: range(1),
+}
+
+
+class RecordSealer:
+    """Seals the records of one lane and direction, in a frame that the caller fills.
+
+    Fill `payload` from its start with up to RECORD_PAYLOAD_MAX bytes, then send what `seal_data(length)` returns before
+    filling it again. The frame is sealed in place: nothing is copied.
+    """
+
+    def __init__(self, keys: LaneKeys) -> None:
+        self._keys = keys
+        self._frame = memoryview(bytearray(RECORD_BYTES_MAX))
+        self.payload = self._frame[HEADER_BYTES : HEADER_BYTES + RECORD_PAYLOAD_MAX]
+        self._sequence = 0
+        self._closed = False
+        self._digest = hashlib.sha256()
+        self.plaintext_bytes = 0
+
+    def open_lane(self) -> memoryview:
+        """The first record."""
+        if self._sequence:
+            raise InternalError("internal.error", "a lane is opened once, before anything else")
+        return self._seal(Kind.OPEN, 0)
+
+    def seal_data(self, length: int) -> memoryview:
+        """The record that carries the first `length` bytes of `payload`."""
+        if not self._sequence or length not in _LENGTHS[Kind.DATA]:
+            raise InternalError("internal.error", f"{length} bytes cannot be sealed here")
+        self.plaintext_bytes += length
+        return self._seal(Kind.DATA, length)
+
+    def close_lane(self) -> memoryview:
+        """The last record."""
+        record = self._seal(Kind.CLOSE, 0)
+        self._closed = True
+        return record
+
+    def _seal(self, kind: Kind, length: int) -> memoryview:
+        if self._closed:
+            raise InternalError("internal.error", "the lane is closed")
+        sequence = self._sequence
+        self._sequence += 1
+        end = OVERHEAD_BYTES + length
+        header = _HEADER.pack(kind, 0, 0, length, sequence, self._keys.identifier)
+        self._frame[:HEADER_BYTES] = header
+        body = self._frame[HEADER_BYTES:end]
+        self._keys.at(sequence).seal_into(self._keys.nonce(sequence), body[:length], header, body)
+        self._digest.update(header)
+        self._digest.update(body[length:])
+        return self._frame[:end]
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 over header and tag of every record so far."""
+        return self._digest.digest()
+
+
+class RecordReader:
+    """Opens the records of one lane and direction, from bytes that arrive in any pieces.
+
+    Receive into `space()`, then tell how many bytes came with `filled(count)`: at most one event follows, as the space
+    never reaches beyond the present record and the next header. Memory is bounded by one record. After an error the
+    reader stays in it.
+    """
+
+    def __init__(self, keys: LaneKeys) -> None:
+        self._keys = keys
+        self._buffer = memoryview(bytearray(RECORD_BYTES_MAX + HEADER_BYTES))
+        self._have = 0
+        self._done = 0  # bytes of a finished record that still stand in front
+        self._length: int | None = None  # of the present record, once its header is checked
+        self._kind = Kind.OPEN
+        self._claimed = 0
+        self._sequence = 0
+        self._closed = False
+        self._error: PeerError | None = None
+        self._digest = hashlib.sha256()
+        self.plaintext_bytes = 0
+
+    def space(self) -> memoryview:
+        """Where the next bytes of the wire belong; never empty. Ends the life of the last event's view.
+
+        Raises as `filled` does: the next header may have come along with the last record.
+        """
+        if self._error is not None:
+            raise self._error
+        if self._done:
+            rest = self._have - self._done
+            self._buffer[:rest] = self._buffer[self._done : self._have]
+            self._have, self._done = rest, 0
+            if rest == HEADER_BYTES:
+                self._length = self._check_header()
+        wanted = HEADER_BYTES if self._length is None else OVERHEAD_BYTES + self._length + HEADER_BYTES
+        return self._buffer[self._have : wanted]
+
+    def filled(self, count: int) -> Event | None:
+        """Take note of `count` bytes in `space()`; raises PeerError by the rules of this module."""
+        if self._error is not None:
+            raise self._error
+        if self._closed and count:
+            raise self._fail("lane.after-close")
+        self._have += count
+        return self._advance()
+
+    def ended(self) -> None:
+        """The connection ended: raises `lane.truncated` unless the lane was closed before."""
+        if self._error is not None:
+            raise self._error
+        if not self._closed:
+            raise self._fail("lane.truncated")
+
+    def _advance(self) -> Event | None:
+        if self._length is None:
+            if self._have < HEADER_BYTES:
+                return None
+            self._length = self._check_header()
+        if self._have < OVERHEAD_BYTES + self._length:
+            return None
+        return self._open(self._length)
+
+    def _check_header(self) -> int:
+        kind, zero, zeros, length, sequence, identifier = _HEADER.unpack(self._buffer[:HEADER_BYTES])
+        if zero or zeros or kind not in iter(Kind) or length not in _LENGTHS[Kind(kind)]:  # rule 1
+            raise self._fail("lane.malformed")
+        if identifier != self._keys.identifier:  # rule 2
+            raise self._fail("lane.foreign")
+        self._kind, self._claimed = Kind(kind), sequence
+        return int(length)
+
+    def _open(self, length: int) -> Event:
+        header = bytes(self._buffer[:HEADER_BYTES])
+        end = OVERHEAD_BYTES + length
+        plaintext = self._buffer[HEADER_BYTES : HEADER_BYTES + length]
+        cipher = self._keys.at(self._sequence)
+        if not self._keys.covers(self._claimed):
+            raise self._fail("lane.integrity")  # another generation's record cannot be told from a changed one
+        tag = bytes(self._buffer[HEADER_BYTES + length : end])
+        try:  # rule 3
+            cipher.open_into(self._keys.nonce(self._claimed), self._buffer[HEADER_BYTES:end], header, plaintext)
+        except OpenFailed:
+            raise self._fail("lane.integrity") from None
+        if self._claimed != self._sequence:  # rule 4
+            raise self._fail("lane.replay" if self._claimed < self._sequence else "lane.reordered")
+        if (self._kind is Kind.OPEN) != (self._sequence == 0):  # rule 5
+            raise self._fail("lane.malformed")
+        self._digest.update(header)
+        self._digest.update(tag)
+        self._sequence += 1
+        self._length, self._done = None, end
+        self.plaintext_bytes += length
+        if self._kind is Kind.DATA:
+            return DataReceived(plaintext)
+        if self._kind is Kind.OPEN:
+            return LaneOpened()
+        self._closed = True
+        if self._have > end:
+            raise self._fail("lane.after-close")
+        return LaneClosed()
+
+    def _fail(self, code: str) -> PeerError:
+        self._error = PeerError(code, f"record {self._sequence}: {PeerError(code).detail}")
+        return self._error
+
+    @property
+    def closed(self) -> bool:
+        """Whether the authenticated end has come."""
+        return self._closed
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 over header and tag of every record so far."""
+        return self._digest.digest()

@@ -1,0 +1,64 @@
+"""The preface: the first 32 bytes of every connection, in clear, which tell the agent where it belongs.
+
+     0                         7         8       9       10      12          16                                32
+    +-------------------------+---------+-------+-------+-------+-----------+----------------------------------+
+    | "sealane" (7 bytes)     | version | kind  | zero  | lane  |   zero    |       migration id (16)          |
+    +-------------------------+---------+-------+-------+-------+-----------+----------------------------------+
+
+It is a routing label and proves nothing: a channel proves itself by TLS, a lane by its first record.
+"""
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+from sealane.errors import PeerError
+from sealane.limits import LANES_MAX
+
+_PREFACE: Final = struct.Struct(">7sBBBHI16s")
+PREFACE_BYTES: Final = _PREFACE.size
+MAGIC: Final = b"sealane"
+PROTOCOL_VERSION: Final = 1
+MIGRATION_ID_BYTES: Final = 16
+
+
+class ConnectionKind(IntEnum):
+    """What a connection is for."""
+
+    CHANNEL = 1
+    LANE = 2
+
+
+@dataclass(frozen=True)
+class Preface:
+    """Where a connection belongs."""
+
+    kind: ConnectionKind
+    migration_id: bytes
+    lane: int = 0
+
+
+def encode_preface(preface: Preface) -> bytes:
+    """The 32 bytes that open a connection."""
+    return _PREFACE.pack(MAGIC, PROTOCOL_VERSION, preface.kind, 0, preface.lane, 0, preface.migration_id)
+
+
+def parse_preface(data: bytes) -> Preface:
+    """Read untrusted bytes; raises PeerError `peer.preface`, or `peer.version` for another version of ours."""
+    if len(data) != PREFACE_BYTES:
+        raise PeerError("peer.preface", f"a preface has {PREFACE_BYTES} bytes, not {len(data)}")
+    magic, version, kind, zero, lane, zeros, migration_id = _PREFACE.unpack(data)
+    if magic != MAGIC:
+        raise PeerError("peer.preface", "the first bytes are not Sealane's")
+    if version != PROTOCOL_VERSION:
+        raise PeerError("peer.version", f"the peer speaks version {version}, this host {PROTOCOL_VERSION}")
+    if (
+        zero
+        or zeros
+        or kind not in iter(ConnectionKind)
+        or lane >= LANES_MAX
+        or (kind == ConnectionKind.CHANNEL and lane)
+    ):
+        raise PeerError("peer.preface", "a field of the preface does not fit")
+    return Preface(ConnectionKind(kind), migration_id, lane)
