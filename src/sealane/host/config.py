@@ -1,0 +1,154 @@
+"""The agent's settings: `agent.toml` and `vms.toml` in the configuration directory, then the command line.
+
+Every key stands once, as a field below, with its description; the reference documentation is made of them. An unknown key
+or an unfitting value is an error that names the file and the line.
+"""
+
+import re
+import socket
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+
+from sealane import limits
+from sealane.errors import make_error
+from sealane.host.models import Model, Name, VmDefinition
+
+AGENT_FILE: Final = "agent.toml"
+VMS_FILE: Final = "vms.toml"
+
+M = TypeVar("M", bound=Model)
+
+
+def _default_name() -> str:
+    """The host's name without its domain, with nothing in it that a name may not have."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname().partition(".")[0]).lstrip("._-")[:64] or "host"
+
+
+class LimitSettings(Model):
+    """Caps that a large host may want to move; the others are fixed in `sealane.limits`, each with its reason."""
+
+    migrations_max: Annotated[int, Field(ge=1, le=256, description="Migrations in progress, in and out together.")] = (
+        limits.MIGRATIONS_MAX
+    )
+    stop_grace_s: Annotated[
+        float, Field(ge=0, le=3600, description="How long a stopping agent lets migrations end before it aborts them.")
+    ] = limits.STOP_GRACE_S
+    qmp_timeout_s: Annotated[float, Field(gt=0, le=600, description="How long QEMU may take to answer a command.")] = (
+        limits.QMP_TIMEOUT_S
+    )
+    launch_timeout_s: Annotated[
+        float, Field(gt=0, le=3600, description="How long a launched QEMU may take to answer for the first time.")
+    ] = limits.LAUNCH_TIMEOUT_S
+
+
+class Settings(Model):
+    """The keys of `agent.toml`."""
+
+    name: Annotated[Name, Field(description="What this host is called; its short host name by default.")] = Field(
+        default_factory=_default_name
+    )
+    listen: Annotated[
+        str, Field(min_length=1, description="Address to listen on for peers; `::` is all, of IPv6 and IPv4.")
+    ] = "::"
+    port: Annotated[int, Field(ge=0, le=65535, description="TCP port for peers; 0 takes any free one (tests).")] = (
+        limits.DEFAULT_PORT
+    )
+    log: Annotated[
+        Literal["auto", "json", "text"], Field(description="Log format; auto is text on a terminal and JSON elsewhere.")
+    ] = "auto"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Field(description="The least severe lines that are written.")
+    ] = "info"
+    limits: LimitSettings = LimitSettings()
+
+
+class _VmsFile(Model):
+    vm: list[VmDefinition] = []
+
+
+def documented_keys() -> Iterator[tuple[str, str, str]]:
+    """Each key of `agent.toml` with its default and its description, as (key, default, description)."""
+    for prefix, model in (("", Settings), ("limits.", LimitSettings)):
+        for name, field in model.model_fields.items():
+            if name != "limits":
+                default = "the host's name" if field.default_factory else str(field.default)
+                yield prefix + name, default, field.description or ""
+
+
+def load_settings(config_dir: Path, overrides: Mapping[str, object] | None = None) -> Settings:
+    """`agent.toml` (defaults where there is none), with the command line's values over it; None overrides nothing."""
+    path = config_dir / AGENT_FILE
+    text = _read(path)
+    given = _validate(Settings, path, text)
+    values = {key: value for key, value in (overrides or {}).items() if value is not None}
+    try:
+        return Settings.model_validate({**given.model_dump(), **values})
+    except ValidationError as error:
+        raise make_error("usage.argument", _sentence(error.errors()[0])) from None
+
+
+def load_vms(path: Path) -> list[VmDefinition]:
+    """The `[[vm]]` tables of `vms.toml`; an empty list where there is no file."""
+    text = _read(path)
+    vms = _validate(_VmsFile, path, text).vm
+    for index, vm in enumerate(vms):
+        for what, earlier in (("name", [v.name for v in vms[:index]]), ("qmp", [v.qmp for v in vms[:index]])):
+            if getattr(vm, what) in earlier:
+                line = _line_of(text, ("vm", index, what))
+                raise make_error("usage.configuration", f"{path} line {line}: a second VM with that {what}")
+    return vms
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise make_error("usage.configuration", f"{path}: {reason}") from error
+
+
+def _validate(model: type[M], path: Path, text: str) -> M:
+    try:
+        return model.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise make_error("usage.configuration", f"{path}: {error}") from None
+    except ValidationError as error:
+        first: Any = error.errors()[0]
+        line = _line_of(text, first["loc"])
+        raise make_error("usage.configuration", f"{path} line {line}: {_sentence(first)}") from None
+
+
+def _sentence(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key}"
+    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+_HEADER: Final = re.compile(r"^\s*\[{1,2}\s*([A-Za-z0-9_.\"' -]+?)\s*\]{1,2}")
+_KEY: Final = re.compile(r"^\s*[\"']?([A-Za-z0-9_-]+)[\"']?\s*[.=]")
+
+
+def _line_of(text: str, location: Sequence[int | str]) -> int:
+    """The line where the key at `location` stands, or the nearest table above it; tomllib keeps no positions."""
+    names = [part for part in location if isinstance(part, str)]
+    index = next((part for part in location if isinstance(part, int)), 0)
+    table, seen, nearest = "", -1, 1
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := _HEADER.match(line):
+            table = header[1]
+            seen += table == names[0]
+            if table == names[0] and seen == index:
+                nearest = number
+        elif key := _KEY.match(line):
+            in_top = not table and key[1] == names[0]
+            in_table = len(names) > 1 and table == names[0] and seen == index and key[1] == names[1]
+            if in_top or in_table:
+                return number
+    return nearest

@@ -1,0 +1,244 @@
+"""The agent's memory: peers, VMs, the journal of migrations, and each VM's epoch, in SQLite.
+
+`journal` returns only when the entry is on the disk (WAL and synchronous=FULL: the log is fsynced at every commit), since
+the hand-over's promises rest on it. All calls are synchronous and short; they belong to the thread that opened the store.
+"""
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from pydantic import TypeAdapter
+
+from sealane.errors import make_error
+from sealane.host.models import Migration, Peer, VmDefinition
+from sealane.hypervisor.launch import LaunchedMachine
+
+SCHEMA_VERSION: Final = 1
+SCHEMA: Final = """
+CREATE TABLE peers (
+    name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL UNIQUE, address TEXT, port INTEGER, changed_at TEXT NOT NULL
+) STRICT;
+CREATE TABLE vms (
+    name TEXT PRIMARY KEY, qmp TEXT NOT NULL UNIQUE, launch_incoming TEXT, changed_at TEXT NOT NULL
+) STRICT;
+CREATE TABLE epochs (vm TEXT PRIMARY KEY, epoch INTEGER NOT NULL, changed_at TEXT NOT NULL) STRICT;
+CREATE TABLE migrations (
+    id TEXT PRIMARY KEY, number INTEGER NOT NULL UNIQUE, vm TEXT NOT NULL, role TEXT NOT NULL, peer TEXT NOT NULL,
+    state TEXT NOT NULL, snapshot TEXT NOT NULL, qmp TEXT, launched_pid INTEGER, launched_start_ticks INTEGER,
+    changed_at TEXT NOT NULL
+) STRICT;
+CREATE INDEX migrations_of_vm ON migrations (vm, number);
+CREATE INDEX migrations_unfinished ON migrations (number) WHERE state NOT IN ('completed', 'aborted');
+"""
+
+HISTORY_LIMIT: Final = 200
+_ARGV: Final = TypeAdapter(list[str])
+
+
+@dataclass(frozen=True)
+class JournalEntry:
+    """A migration as the journal knows it, with what a new agent needs to mend it."""
+
+    migration: Migration
+    qmp: str | None = None
+    launched: LaunchedMachine | None = None
+
+
+def utc_now() -> datetime:
+    """The system's clock, aware of its zone."""
+    return datetime.now(UTC)
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", None)
+        name = getattr(error, "sqlite_errorname", "") or type(error).__name__
+        if code == sqlite3.SQLITE_FULL:
+            raise make_error("host.disk-full", f"no space is left for {path}") from error
+        raise make_error("host.store", f"{path}: {error} ({name})") from error
+    except OSError as error:
+        raise make_error("host.store", f"{path}: {error.strerror}") from error
+
+
+class Store:
+    """One open database; `close` it, or use it with `with`."""
+
+    def __init__(self, path: Path, *, clock: Callable[[], datetime] = utc_now) -> None:
+        self._path = path
+        self._clock = clock
+        with _translated(path):
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # SQLite's -wal takes this mode too
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=5.0)
+            try:
+                self._prepare()
+            except BaseException:
+                self._db.close()
+                raise
+
+    def _prepare(self) -> None:
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            # executescript would commit first; one transaction makes a half-made database impossible
+            self._db.execute("BEGIN IMMEDIATE")
+            for statement in SCHEMA.split(";"):
+                self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION:d}")
+            self._db.execute("COMMIT")
+        elif version != SCHEMA_VERSION:
+            detail = f"{self._path} has schema {version}; this Sealane knows {SCHEMA_VERSION}"
+            raise make_error("host.store", detail, mend="use the Sealane version that wrote it, or a newer one")
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the database; harmless when done twice."""
+        self._db.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with _translated(self._path):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # SQLITE_FULL may have rolled back by itself
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _rows(self, query: str, *values: object) -> list[tuple[object, ...]]:
+        with _translated(self._path):
+            return self._db.execute(query, values).fetchall()
+
+    def _now(self) -> str:
+        return self._clock().isoformat()
+
+    # Peers
+
+    def peers(self) -> list[Peer]:
+        """All trusted hosts, by name."""
+        rows = self._rows("SELECT name, fingerprint, address, port FROM peers ORDER BY name")
+        return [
+            Peer.model_validate(dict(zip(("name", "fingerprint", "address", "port"), row, strict=True))) for row in rows
+        ]
+
+    def put_peer(self, peer: Peer) -> None:
+        """Add a peer or replace the one of that name."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO peers VALUES (?, ?, ?, ?, ?)",
+                (peer.name, peer.fingerprint, peer.address, peer.port, self._now()),
+            )
+
+    def remove_peer(self, name: str) -> bool:
+        """Forget a peer; False when there was none."""
+        with self._transaction() as db:
+            return db.execute("DELETE FROM peers WHERE name = ?", (name,)).rowcount > 0
+
+    # VMs
+
+    def vms(self) -> list[VmDefinition]:
+        """All registered VMs, by name."""
+        return [
+            VmDefinition.model_validate(
+                {"name": name, "qmp": qmp, "launch_incoming": _ARGV.validate_json(str(argv)) if argv else None}
+            )
+            for name, qmp, argv in self._rows("SELECT name, qmp, launch_incoming FROM vms ORDER BY name")
+        ]
+
+    def add_vm(self, vm: VmDefinition) -> None:
+        """Register a VM; the caller has looked that its name and socket are free."""
+        argv = None if vm.launch_incoming is None else _ARGV.dump_json(vm.launch_incoming).decode()
+        with self._transaction() as db:
+            db.execute("INSERT INTO vms VALUES (?, ?, ?, ?)", (vm.name, vm.qmp, argv, self._now()))
+
+    def remove_vm(self, name: str) -> bool:
+        """Forget a VM; False when there was none. Its epoch is kept: it must never go back."""
+        with self._transaction() as db:
+            return db.execute("DELETE FROM vms WHERE name = ?", (name,)).rowcount > 0
+
+    def epoch(self, vm: str) -> int:
+        """How many times the VM was handed over, as far as this host knows."""
+        rows = self._rows("SELECT epoch FROM epochs WHERE vm = ?", vm)
+        return int(str(rows[0][0])) if rows else 0
+
+    # The journal
+
+    def next_number(self) -> int:
+        """The number of the next migration; small, for people."""
+        return int(str(self._rows("SELECT coalesce(max(number), 0) + 1 FROM migrations")[0][0]))
+
+    def journal(
+        self,
+        migration: Migration,
+        *,
+        qmp: str | None = None,
+        launched: LaunchedMachine | None = None,
+        epoch: int | None = None,
+    ) -> None:
+        """Write where a migration stands; durable on return. None leaves what an earlier entry said.
+
+        With `epoch` the VM's epoch moves in the same transaction; it never goes back.
+        """
+        now = self._now()
+        pid, ticks = (launched.pid, launched.start_time_ticks) if launched else (None, None)
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO migrations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
+                "state = excluded.state, snapshot = excluded.snapshot, changed_at = excluded.changed_at, "
+                "qmp = coalesce(excluded.qmp, qmp), launched_pid = coalesce(excluded.launched_pid, launched_pid), "
+                "launched_start_ticks = coalesce(excluded.launched_start_ticks, launched_start_ticks)",
+                (
+                    *(migration.id, migration.number, migration.vm, migration.role, migration.peer),
+                    *(migration.state, migration.model_dump_json(), qmp, pid, ticks, now),
+                ),
+            )
+            if epoch is not None:
+                db.execute(
+                    "INSERT INTO epochs VALUES (?, ?, ?) ON CONFLICT (vm) DO UPDATE SET "
+                    "epoch = max(epoch, excluded.epoch), changed_at = excluded.changed_at",
+                    (migration.vm, epoch, now),
+                )
+
+    def unfinished(self) -> list[JournalEntry]:
+        """Migrations that have not ended, the oldest first."""
+        return self._entries("WHERE state NOT IN ('completed', 'aborted') ORDER BY number")
+
+    def migrations(self, *, vm: str | None = None, limit: int = HISTORY_LIMIT) -> list[Migration]:
+        """The newest migrations, the newest first."""
+        clause = "WHERE ?1 IS NULL OR vm = ?1 ORDER BY number DESC LIMIT ?2"
+        return [entry.migration for entry in self._entries(clause, vm, limit)]
+
+    def find(self, reference: str) -> list[JournalEntry]:
+        """Migrations of that id, that number, or (only without those) that beginning of an id; two at most."""
+        exact = self._entries("WHERE id = ?1 OR CAST(number AS TEXT) = ?1", reference)
+        if exact:
+            return exact
+        return self._entries("WHERE substr(id, 1, length(?1)) = ?1 ORDER BY number LIMIT 2", reference)
+
+    def _entries(self, clause: str, *values: object) -> list[JournalEntry]:
+        query = f"SELECT snapshot, qmp, launched_pid, launched_start_ticks FROM migrations {clause}"  # noqa: S608
+        return [
+            JournalEntry(
+                Migration.model_validate_json(str(snapshot)),
+                qmp if isinstance(qmp, str) else None,
+                LaunchedMachine(pid, ticks) if isinstance(pid, int) and isinstance(ticks, int) else None,
+            )
+            for snapshot, qmp, pid, ticks in self._rows(query, *values)
+        ]
