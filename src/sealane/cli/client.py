@@ -1,0 +1,204 @@
+"""The agent's REST interface on its unix socket, typed, with its problems as Sealane's errors."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Final, TypeVar
+
+import httpx
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from sealane.errors import ControlError, HostError, InternalError, SealaneError, make_error
+from sealane.host.models import Event, Host, Migration, MigrationRequest, Peer, Problem, Vm, VmDefinition
+from sealane.paths import Paths
+
+# Answers wait for QEMU at times (`limits.QMP_TIMEOUT_S`) and, when a migration is asked for, for nothing else.
+_ANSWER_TIMEOUT_S: Final = 30.0
+_CONNECT_TIMEOUT_S: Final = 3.0
+
+Answer = TypeVar("Answer", bound=BaseModel)
+
+_VMS: Final = TypeAdapter(list[Vm])
+_PEERS: Final = TypeAdapter(list[Peer])
+_MIGRATIONS: Final = TypeAdapter(list[Migration])
+
+
+class AgentGone(ControlError):
+    """The agent went away, or fell silent, after it had been asked: what it did of it is not known."""
+
+
+class AgentClient:
+    """One caller of one agent. Raises SealaneError only: the agent's own, `agent.unreachable`, or `host.permission`."""
+
+    def __init__(self, socket: Path | None = None, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> None:
+        self.socket = Paths.from_environment().agent_socket if socket is None else socket
+        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
+        transport = httpx.HTTPTransport(uds=str(self.socket))
+        self._http = httpx.Client(transport=transport, base_url="http://sealane", timeout=timeout, trust_env=False)
+
+    def __enter__(self) -> "AgentClient":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the socket."""
+        self._http.close()
+
+    def host(self) -> Host:
+        """Who this agent is."""
+        return self._one(Host, "GET", "/v1/host")
+
+    def vms(self) -> list[Vm]:
+        """All VMs that the agent knows."""
+        return _parsed(_VMS, self._ask("GET", "/v1/vms"))
+
+    def vm(self, name: str) -> Vm:
+        """One VM; raises `vm.unknown`."""
+        return self._one(Vm, "GET", f"/v1/vms/{_segment(name)}")
+
+    def add_vm(self, definition: VmDefinition) -> Vm:
+        """Register a VM; raises `vm.exists`."""
+        return self._one(Vm, "POST", "/v1/vms", definition)
+
+    def remove_vm(self, name: str) -> None:
+        """Forget a VM, which runs on; raises `vm.unknown`, `vm.busy`."""
+        self._ask("DELETE", f"/v1/vms/{_segment(name)}")
+
+    def peers(self) -> list[Peer]:
+        """All hosts that are trusted."""
+        return _parsed(_PEERS, self._ask("GET", "/v1/peers"))
+
+    def add_peer(self, peer: Peer) -> Peer:
+        """Trust a host; raises `trust.exists` where the name has another fingerprint."""
+        return self._one(Peer, "POST", "/v1/peers", peer)
+
+    def remove_peer(self, name: str) -> None:
+        """Trust a host no longer; raises `trust.unknown`."""
+        self._ask("DELETE", f"/v1/peers/{_segment(name)}")
+
+    def start_migration(self, request: MigrationRequest) -> Migration:
+        """Have the agent start a migration; it goes on without this client."""
+        return self._one(Migration, "POST", "/v1/migrations", request)
+
+    def migrations(self, *, vm: str | None = None, active: bool | None = None) -> list[Migration]:
+        """The migrations that the agent remembers, of one VM or only those under way where asked."""
+        query = {"vm": vm, "active": None if active is None else str(active).lower()}
+        present = {name: value for name, value in query.items() if value is not None}
+        return _parsed(_MIGRATIONS, self._ask("GET", "/v1/migrations", query=present))
+
+    def migration(self, identity: str) -> Migration:
+        """One migration; raises `migration.unknown`."""
+        return self._one(Migration, "GET", f"/v1/migrations/{_segment(identity)}")
+
+    def cancel(self, identity: str) -> Migration | None:
+        """Ask for a migration's end; raises `migration.over`, `migration.too-late`. The outcome comes as an event."""
+        answer = self._ask("POST", f"/v1/migrations/{_segment(identity)}/cancel")
+        return Migration.model_validate_json(answer.content) if answer.content else None
+
+    def events(self, identity: str) -> Iterator[Event]:
+        """The migration's events from its present state to its end; raises AgentGone where the stream breaks off before."""
+        ended = False
+        try:
+            timeout = httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S)
+            with self._http.stream("GET", f"/v1/migrations/{_segment(identity)}/events", timeout=timeout) as answer:
+                if answer.is_error:
+                    answer.read()
+                    raise _problem(answer)
+                for line in answer.iter_lines():
+                    if line:
+                        event = _event(line)
+                        ended = event.type == "end"
+                        yield event
+        except httpx.TransportError as error:
+            if not ended:
+                raise AgentGone("agent.unreachable", "the agent went away in mid-migration") from error
+        if not ended:
+            raise AgentGone("agent.unreachable", "the agent closed the event stream before the migration's end")
+
+    def _one(self, model: type[Answer], method: str, path: str, body: BaseModel | None = None) -> Answer:
+        answer = self._ask(method, path, body)
+        try:
+            return model.model_validate_json(answer.content)
+        except ValidationError as error:
+            raise _misfit(error) from error
+
+    def _ask(
+        self, method: str, path: str, body: BaseModel | None = None, *, query: dict[str, str] | None = None
+    ) -> httpx.Response:
+        content = None if body is None else body.model_dump_json(exclude_none=True)
+        headers = {} if content is None else {"content-type": "application/json"}
+        try:
+            answer = self._http.request(method, path, content=content, headers=headers, params=query)
+        except httpx.TimeoutException as error:
+            kind = ControlError if isinstance(error, httpx.ConnectTimeout) else AgentGone
+            raise kind("agent.unreachable", "the agent did not answer in time") from error
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        if answer.is_error:
+            raise _problem(answer)
+        return answer
+
+    def _unreachable(self, error: httpx.TransportError) -> SealaneError:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, PermissionError):
+                return HostError("host.permission", f"{self.socket} may not be opened by this user")
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(error, httpx.ConnectError):
+            what = "does not accept connections" if _exists(self.socket) else "is not there"
+            return ControlError("agent.unreachable", f"no agent answers on this host: {self.socket} {what}")
+        return AgentGone("agent.unreachable", "the agent went away before it answered")
+
+
+def _exists(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return path.exists()
+    return False
+
+
+def _segment(text: str) -> str:
+    """A path segment; names hold no reserved characters, and what a user typed may."""
+    return "".join(
+        char if char.isascii() and (char.isalnum() or char in "._-") else "".join(f"%{b:02X}" for b in char.encode())
+        for char in text
+    )
+
+
+def _problem(answer: httpx.Response) -> SealaneError:
+    try:
+        problem = Problem.model_validate_json(answer.content)
+    except ValidationError:
+        return InternalError("internal.error", f"the agent answered HTTP {answer.status_code} without a reason")
+    return error_of(problem)
+
+
+def error_of(problem: Problem) -> SealaneError:
+    """The error that a problem tells of; a newer agent's code that is unknown here stays readable."""
+    return make_error(problem.code, problem.detail, mend=problem.mend or None)
+
+
+def _parsed(adapter: TypeAdapter[list[Answer]], answer: httpx.Response) -> list[Answer]:
+    try:
+        return adapter.validate_json(answer.content)
+    except ValidationError as error:
+        raise _misfit(error) from error
+
+
+def _event(line: str) -> Event:
+    try:
+        return Event.model_validate_json(line)
+    except ValidationError as error:
+        raise _misfit(error) from error
+
+
+def _misfit(error: ValidationError) -> SealaneError:
+    first = error.errors(include_input=False, include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return InternalError(
+        "internal.error",
+        f"the agent's answer does not fit ({where or 'it'}: {first['msg']})",
+        mend="bring the command line and the agent to the same version, and restart the agent",
+    )

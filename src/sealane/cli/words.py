@@ -1,0 +1,118 @@
+"""A migration in words: where its VM runs, how far it came, how it ended."""
+
+from sealane.cli import format as words
+from sealane.host.models import Migration, Problem
+
+ENDED = frozenset({"completed", "aborted"})
+
+STAGES = {
+    "preparing": "prepare",
+    "copying": "copy",
+    "switching-over": "switch",
+    "handing-over": "hand-over",
+}
+
+
+def where(migration: Migration) -> str:
+    """Where the VM runs, as the host that is asked knows it."""
+    vm, peer = migration.vm, migration.peer
+    if migration.runs_at == "nowhere":
+        return f"{vm} runs nowhere"
+    if migration.role == "source":
+        return {
+            "source": f"{vm} still runs here",
+            "destination": f"{vm} runs on {peer}",
+            "in-doubt": f"{vm} is paused here and may run on {peer}",
+        }[migration.runs_at]
+    return {
+        "source": f"{vm} still runs on {peer}",
+        "destination": f"{vm} runs here",
+        "in-doubt": f"{vm} may run here or on {peer}",
+    }[migration.runs_at]
+
+
+def copied(migration: Migration) -> int | None:
+    """How much of the copy is done, in per cent; None before the first byte."""
+    progress = migration.progress
+    if progress.bytes_transferred == 0 and progress.bytes_wire == 0:
+        return None
+    return words.percent(progress.bytes_total - progress.bytes_remaining, progress.bytes_total)
+
+
+def headline(migration: Migration) -> str:
+    """The first line of how a migration that did not succeed ended."""
+    if migration.state == "in-doubt" or migration.runs_at == "in-doubt":
+        return f"in doubt: {where(migration)}"
+    done = copied(migration)
+    cancelled = migration.problem is not None and migration.problem.code == "migration.cancelled"
+    verb = "cancelled" if cancelled else "aborted"
+    if done is None and not migration.progress.bytes_wire:
+        how = "cancelled before anything moved" if cancelled else "refused before anything moved"
+    elif done is None:
+        how = verb
+    else:
+        how = f"{verb} at {done} %"
+    return f"{how}; {where(migration)}"
+
+
+def outcome(migration: Migration) -> str:
+    """One cell of a table: how it goes or why it ended."""
+    if migration.state == "completed":
+        result = migration.result
+        if result is None:
+            return "completed"
+        down = "" if result.downtime_ms is None else f", {words.duration(result.downtime_ms / 1000)} down"
+        return f"completed in {words.duration(result.total_ms / 1000)}{down}"
+    if migration.problem is not None:
+        return reason(migration.problem)
+    done = copied(migration)
+    share = "" if done is None or migration.state != "copying" else f" {done} %"
+    return f"{migration.state}{share}"
+
+
+def reason(problem: Problem) -> str:
+    """What went wrong, and its code."""
+    return f"{problem.detail} ({problem.code})"
+
+
+def progress_parts(migration: Migration) -> list[str]:
+    """The copy's figures, those that are known: share, bytes, rate, iteration, dirty rate, what is left."""
+    progress = migration.progress
+    done = copied(migration)
+    parts = [] if done is None else [f"{done} %"]
+    sent = progress.bytes_wire or progress.bytes_transferred
+    if progress.bytes_total:
+        copied_bytes = max(0, progress.bytes_total - progress.bytes_remaining)
+        parts.append(f"{words.memory_bytes(copied_bytes)} of {words.memory_bytes(progress.bytes_total)}")
+    if sent:
+        parts.append(f"{words.network_bytes(sent)} sent")
+    if progress.rate_bytes_per_s is not None:
+        parts.append(words.rate(progress.rate_bytes_per_s))
+    if progress.iteration:
+        parts.append(f"iteration {progress.iteration}")
+    if progress.dirty_rate_bytes_per_s is not None:
+        parts.append(f"dirty {words.rate(progress.dirty_rate_bytes_per_s)}")
+    if progress.eta_s is not None:
+        parts.append(f"{words.duration(progress.eta_s)} left")
+    return parts
+
+
+def channel_parts(migration: Migration) -> list[str]:
+    """What protects the lanes, as far as it is known."""
+    parts = [part for part in (migration.tls_version, migration.kex_group, migration.cipher) if part]
+    if migration.multifd_channels:
+        parts.append(f"{migration.multifd_channels} multifd channels")
+    return parts
+
+
+def success_parts(migration: Migration) -> list[str]:
+    """The figures of a completed migration."""
+    parts: list[str] = []
+    result = migration.result
+    if result is not None:
+        parts.append(f"total {words.duration(result.total_ms / 1000)}")
+        if result.downtime_ms is not None:
+            parts.append(f"{words.duration(result.downtime_ms / 1000)} down")
+        parts.append(f"{words.network_bytes(result.bytes_wire)} on the wire")
+    parts += [part for part in (migration.kex_group, migration.cipher) if part]
+    return parts
