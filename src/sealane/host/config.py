@@ -67,7 +67,7 @@ class Settings(Model):
 
 
 class _VmsFile(Model):
-    vm: list[VmDefinition] = []
+    vm: list[VmDefinition] = Field(default_factory=list)
 
 
 def documented_keys() -> Iterator[tuple[str, str, str]]:

@@ -1,0 +1,217 @@
+"""The agent's REST interface, on a unix socket. Every answer that is not 2xx is a `Problem`."""
+
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any, Final, Protocol
+
+import structlog
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+import sealane
+from sealane.errors import SealaneError, UsageError
+from sealane.host.jobs import Jobs
+from sealane.host.models import Event, Host, Migration, MigrationRequest, Peer, Problem, Vm, VmDefinition
+from sealane.host.peers import Peers
+from sealane.host.problems import MEDIA_TYPE, problem_of
+from sealane.host.registry import Registry
+
+NDJSON: Final = "application/x-ndjson"
+_DESCRIPTION: Final = """
+The agent of one host, on a unix socket (`curl --unix-socket /run/sealane/agent.sock http://sealane/v1/host`).
+
+Every error is an `application/problem+json` (RFC 9457) with Sealane's `code` and what usually mends it.
+"""
+_TAGS: Final = [
+    {"name": "host", "description": "Who this agent is."},
+    {"name": "vms", "description": "The VMs of this host and their states."},
+    {"name": "peers", "description": "The hosts whose certificates are trusted."},
+    {"name": "migrations", "description": "Migrations, in both directions: begin, watch, cancel, look back."},
+]
+
+
+class ApiAgent(Protocol):
+    """What the interface needs of the agent."""
+
+    registry: Registry
+    peers: Peers
+    jobs: Jobs
+
+    def describe(self) -> Host:
+        """Who this agent is."""
+
+    async def begin_migration(self, request: MigrationRequest) -> Migration:
+        """Begin to move a VM away."""
+
+
+def _problem_response(problem: Problem) -> JSONResponse:
+    return JSONResponse(problem.model_dump(), status_code=problem.status, media_type=MEDIA_TYPE)
+
+
+def _sentence(error: RequestValidationError) -> str:
+    """The first thing wrong with a request, without repeating its content."""
+    first: Any = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    return f"{where or 'body'}: {first['msg']}"
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(SealaneError)
+    async def _on_sealane_error(_request: Request, error: SealaneError) -> Response:
+        return _problem_response(problem_of(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def _on_validation_error(_request: Request, error: RequestValidationError) -> Response:
+        return _problem_response(problem_of(UsageError("usage.argument", _sentence(error))))
+
+    @app.exception_handler(HTTPException)
+    async def _on_http_error(request: Request, error: HTTPException) -> Response:
+        detail = f"{request.method} {request.url.path}: {error.detail}"
+        problem = problem_of(UsageError("usage.argument", detail, mend="see /openapi.json for what there is"))
+        response = _problem_response(
+            problem.model_copy(update={"status": error.status_code, "title": str(error.detail)})
+        )
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def _on_bug(request: Request, error: Exception) -> Response:
+        structlog.get_logger().error("request failed", path=request.url.path, exc_info=error)
+        return _problem_response(problem_of(error))
+
+
+_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    "default": {
+        "description": "What is wrong, and what mends it.",
+        "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+    },
+}
+
+
+def create_app(agent: ApiAgent) -> FastAPI:
+    """The interface over one agent. No documentation pages: theirs load scripts from other hosts."""
+    app = FastAPI(
+        title="Sealane agent",
+        version=sealane.__version__,
+        description=_DESCRIPTION,
+        openapi_tags=_TAGS,
+        docs_url=None,
+        redoc_url=None,
+        responses=_ERRORS,
+    )
+    _add_error_handlers(app)
+    _add_host(app, agent)
+    _add_vms(app, agent)
+    _add_peers(app, agent)
+    _add_migrations(app, agent)
+    _describe_problem(app)
+    return app
+
+
+def _describe_problem(app: FastAPI) -> None:
+    """Put `Problem` into the description in place of FastAPI's own validation errors, which are never sent."""
+    make_openapi: Callable[[], dict[str, Any]] = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = make_openapi()
+            schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
+            schemas["Problem"] = Problem.model_json_schema()
+            for operations in schema["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _add_host(app: FastAPI, agent: ApiAgent) -> None:
+    @app.get("/v1/host", tags=["host"], summary="This host")
+    async def get_host() -> Host:
+        """Name, version, fingerprint and address of this agent."""
+        return agent.describe()
+
+
+def _add_vms(app: FastAPI, agent: ApiAgent) -> None:
+    @app.get("/v1/vms", tags=["vms"], summary="All VMs")
+    async def list_vms() -> list[Vm]:
+        """All VMs with their states, looked up now; a VM that does not answer is told as such."""
+        return await agent.registry.list()
+
+    @app.post("/v1/vms", tags=["vms"], summary="Register a VM", status_code=201)
+    async def add_vm(vm: VmDefinition) -> Vm:
+        """Make a VM known by its QMP socket, and how it is launched here to receive it."""
+        return await agent.registry.look(agent.registry.add(vm).name)
+
+    @app.get("/v1/vms/{name}", tags=["vms"], summary="One VM")
+    async def get_vm(name: str) -> Vm:
+        """One VM with its state."""
+        return await agent.registry.look(name)
+
+    @app.delete("/v1/vms/{name}", tags=["vms"], summary="Forget a VM", status_code=204)
+    async def remove_vm(name: str) -> None:
+        """Forget a VM; it runs on."""
+        agent.registry.remove(name)
+
+
+def _add_peers(app: FastAPI, agent: ApiAgent) -> None:
+    @app.get("/v1/peers", tags=["peers"], summary="All trusted hosts")
+    async def list_peers() -> list[Peer]:
+        """All hosts whose certificates are trusted."""
+        return agent.peers.list()
+
+    @app.post("/v1/peers", tags=["peers"], summary="Trust a host", status_code=201)
+    async def add_peer(peer: Peer) -> Peer:
+        """Trust a certificate by its fingerprint; the same again changes only the address."""
+        return agent.peers.add(peer)
+
+    @app.delete("/v1/peers/{name}", tags=["peers"], summary="Trust a host no longer", status_code=204)
+    async def remove_peer(name: str) -> None:
+        """Trust a host no longer; migrations in progress go on."""
+        agent.peers.remove(name)
+
+
+def _add_migrations(app: FastAPI, agent: ApiAgent) -> None:
+    @app.post("/v1/migrations", tags=["migrations"], summary="Move a VM", status_code=202)
+    async def begin_migration(request: MigrationRequest) -> Migration:
+        """Begin to move a VM; how it goes on is told by its events."""
+        return await agent.begin_migration(request)
+
+    @app.get("/v1/migrations", tags=["migrations"], summary="Migrations, the newest first")
+    async def list_migrations(
+        vm: Annotated[str | None, Query(description="Only those of this VM.")] = None,
+        active: Annotated[bool, Query(description="Only those that have not ended.")] = False,
+    ) -> list[Migration]:
+        """The last 200 migrations, the newest first."""
+        return agent.jobs.list(vm=vm, active=active)
+
+    @app.get("/v1/migrations/{id}", tags=["migrations"], summary="One migration")
+    async def get_migration(id: str) -> Migration:
+        """One migration, by its id, its number or the beginning of its id."""
+        return agent.jobs.find(id)
+
+    @app.get(
+        "/v1/migrations/{id}/events",
+        tags=["migrations"],
+        summary="Watch a migration",
+        response_class=StreamingResponse,
+        responses={200: {"description": "One `Event` a line.", "content": {NDJSON: {"schema": {"type": "string"}}}}},
+    )
+    async def watch_migration(id: str) -> StreamingResponse:
+        """Events as NDJSON: the first line tells the present state, the last one has type "end"."""
+        agent.jobs.find(id)  # an unknown one is a 404, not an empty stream
+        return StreamingResponse(_lines(agent.jobs.events(id)), media_type=NDJSON)
+
+    @app.post("/v1/migrations/{id}/cancel", tags=["migrations"], summary="Cancel a migration", status_code=202)
+    async def cancel_migration(id: str) -> Migration:
+        """Ask a migration to end; the VM then runs on at the source. Too late once the hand-over has begun."""
+        return agent.jobs.cancel(id)
+
+
+async def _lines(events: AsyncIterator[Event]) -> AsyncIterator[str]:
+    async for event in events:
+        yield event.model_dump_json() + "\n"

@@ -1,0 +1,361 @@
+"""Migrations in progress: one `Job` each, and the table of them.
+
+A job publishes snapshots (`Migration`) as events. Subscribers that do not keep up lose progress, never a change of state
+and never the end. What a job journals is on the disk before anybody is told.
+"""
+
+import asyncio
+import contextlib
+import secrets
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from datetime import datetime
+from typing import Any, Final, Self
+
+import structlog
+
+from sealane.errors import ControlError, PeerError, SealaneError, make_error
+from sealane.host.models import Event, Migration, Role, RunsAt
+from sealane.host.problems import problem_of
+from sealane.host.store import JournalEntry, Store, utc_now
+from sealane.hypervisor.driver import VmDescription
+from sealane.hypervisor.launch import LaunchedMachine
+from sealane.limits import MIGRATIONS_MAX
+from sealane.session.handover import ENDED, Handover, Input, State
+from sealane.session.handover import Role as HandoverRole
+
+Clock = Callable[[], datetime]
+# Progress events that wait for a slow subscriber; older ones are dropped first.
+PROGRESS_WAITING_MAX: Final = 16
+# States of a source whose VM may be elsewhere; it can no longer be cancelled.
+BEYOND_CANCEL: Final = frozenset({State.HANDING_OVER, State.IN_DOUBT})
+
+
+def runs_at_after(role: Role, state: State) -> RunsAt:
+    """Where the VM runs once a migration rests in `state`, if nothing else went wrong."""
+    if state is State.IN_DOUBT:
+        return "in-doubt"
+    return "destination" if state is State.COMPLETED else "source"
+
+
+def state_after_failure(migration: Migration) -> State:
+    """Where a failure at this moment leads, by the hand-over's table."""
+    return Handover(HandoverRole(migration.role), State(migration.state)).step(Input.FAILED)
+
+
+class Subscription:
+    """One reader of a job's events: `async for event in subscription`. The last one has type "end"."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Event] = deque()
+        self._arrived = asyncio.Event()
+        self._ended = False
+
+    def push(self, event: Event) -> None:
+        """Add an event; never blocks. Past the bound the oldest progress goes."""
+        self._waiting.append(event)
+        progress = [waiting for waiting in self._waiting if waiting.type == "progress"]
+        if len(progress) > PROGRESS_WAITING_MAX:
+            self._waiting.remove(progress[0])
+        self._arrived.set()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._ended:
+            raise StopAsyncIteration
+        while not self._waiting:
+            self._arrived.clear()
+            await self._arrived.wait()
+        event = self._waiting.popleft()
+        self._ended = event.type == "end"
+        return event
+
+
+class Job(ABC):
+    """One migration at one end. A subclass writes `run`; everything it tells goes through `update` and `journal`.
+
+    `run` returns after `end`, or raises: the error's problem then ends the job in the state that the hand-over's table
+    gives for a failure (aborted; in-doubt or completed once handing over). `description` is what a `vm list` shows while
+    the job holds the VM's QMP socket.
+    """
+
+    def __init__(self, store: Store, migration: Migration, *, clock: Clock = utc_now) -> None:
+        self.store = store
+        self.clock = clock
+        self.log = structlog.get_logger().bind(migration=migration.id[:8], vm=migration.vm, role=migration.role)
+        self.description: VmDescription | None = None
+        self.cancelled = False
+        self.ended = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+        self._migration = migration
+        self._subscriptions: set[Subscription] = set()
+
+    @abstractmethod
+    async def run(self) -> None:
+        """Carry the migration out."""
+
+    @property
+    def migration(self) -> Migration:
+        """The present snapshot."""
+        return self._migration
+
+    @property
+    def id(self) -> str:
+        """The migration's id."""
+        return self._migration.id
+
+    def update(self, **changes: Any) -> Migration:
+        """Change the snapshot and tell it: as "progress" if that is all that changed, as "state" otherwise."""
+        self._migration = self._with(changes)
+        self._publish("progress" if set(changes) == {"progress"} else "state")
+        return self._migration
+
+    def journal(
+        self,
+        *,
+        qmp: str | None = None,
+        launched: LaunchedMachine | None = None,
+        epoch: int | None = None,
+        **changes: Any,
+    ) -> Migration:
+        """`update`, durably: the journal has it before the snapshot changes. Raises host.store, host.disk-full."""
+        self.store.journal(self._with(changes), qmp=qmp, launched=launched, epoch=epoch)
+        return self.update(**changes) if changes else self._migration
+
+    def end(self, **changes: Any) -> Migration:
+        """The last word: journalled, and told as the "end" event. A second call changes nothing.
+
+        If the journal fails now, the end is told all the same, and the next agent's recovery finds the entry before it.
+        """
+        if self.ended.is_set():
+            return self._migration
+        self._migration = self._with({"ended_at": self.clock(), **changes})
+        try:
+            self.store.journal(self._migration)
+        except SealaneError as error:
+            self.log.error("the end was not journalled", code=error.code, detail=error.detail)
+        self.ended.set()
+        self._publish("end")
+        self._subscriptions.clear()
+        return self._migration
+
+    def fail(self, error: BaseException) -> Migration:
+        """End with this error, in the state that the hand-over's table gives for a failure here."""
+        if State(self._migration.state) in ENDED:
+            return self.end()
+        state = state_after_failure(self._migration)
+        runs_at = runs_at_after(self._migration.role, state)
+        return self.end(state=state.value, runs_at=runs_at, problem=problem_of(error))
+
+    def cancel(self) -> None:
+        """Ask the job to end; it does so by itself, seen as CancelledError in `run` with `cancelled` set.
+
+        Raises `migration.over` after the end, `migration.too-late` once handing over.
+        """
+        if self.ended.is_set():
+            raise make_error("migration.over", f"migration {self._migration.number} is {self._migration.state}")
+        if State(self._migration.state) in BEYOND_CANCEL:
+            raise make_error("migration.too-late")
+        self.cancelled = True
+        if self.task:
+            self.task.cancel()
+
+    def subscribe(self) -> Subscription:
+        """Events from now on; the first one tells the present state."""
+        subscription = Subscription()
+        subscription.push(Event(type="state", migration=self._migration))
+        if self.ended.is_set():
+            subscription.push(Event(type="end", migration=self._migration))
+        else:
+            self._subscriptions.add(subscription)
+        return subscription
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        """Send a subscriber nothing more."""
+        self._subscriptions.discard(subscription)
+
+    def _with(self, changes: dict[str, Any]) -> Migration:
+        return Migration.model_validate({**self._migration.model_dump(), **changes})
+
+    def _publish(self, kind: Any) -> None:
+        event = Event(type=kind, migration=self._migration)
+        for subscription in self._subscriptions:
+            subscription.push(event)
+
+    async def supervise(self) -> None:
+        """Run, and see to it that there is an end whatever happens."""
+        try:
+            await self.run()
+            self.end()
+        except asyncio.CancelledError:
+            self.fail(make_error("migration.cancelled"))
+        except SealaneError as error:
+            self.fail(error)
+        except Exception as error:
+            self.log.exception("unexpected error")
+            self.fail(error)
+        finally:
+            migration = self._migration
+            code = migration.problem.code if migration.problem else None
+            self.log.info("migration ended", state=migration.state, runs_at=migration.runs_at, code=code)
+
+
+class Jobs:
+    """All migrations of this host: the live ones, those a previous agent left, and the history."""
+
+    def __init__(self, store: Store, *, migrations_max: int = MIGRATIONS_MAX, clock: Clock = utc_now) -> None:
+        self._store = store
+        self._clock = clock
+        self._migrations_max = migrations_max
+        self._live: dict[str, Job] = {}
+        self._left_over: dict[str, Migration] = {}
+        self._stopping = False
+
+    def begin(
+        self, make_job: Callable[[Migration], Job], *, vm: str, role: Role, peer: str, id: str | None = None
+    ) -> Job:
+        """Number a migration, journal it, and run the job that `make_job` builds for it.
+
+        Raises `vm.busy`, `peer.busy` (this host's limit), `agent.stopping`, and the store's errors.
+        """
+        self._check_room(vm)
+        migration = Migration(
+            id=id or secrets.token_hex(16),
+            number=self._store.next_number(),
+            vm=vm,
+            role=role,
+            peer=peer,
+            state="preparing",
+            runs_at="source",
+            started_at=self._clock(),
+        )
+        if id is not None and self._store.find(id):
+            raise PeerError("peer.message", "that migration id was used before")
+        job = make_job(migration)
+        self._store.journal(migration)
+        self._live[migration.id] = job
+        job.task = asyncio.create_task(job.supervise(), name=f"migration {migration.number}")
+        job.task.add_done_callback(lambda _task: self._forget(job))
+        return job
+
+    def _check_room(self, vm: str) -> None:
+        if self._stopping:
+            raise make_error("agent.stopping")
+        if busy := self.active_for(vm):
+            raise make_error("vm.busy", f"{vm} is in migration {busy.number} ({busy.state})")
+        if len(self._live) >= self._migrations_max:
+            raise make_error("peer.busy", f"this host is at its limit of {self._migrations_max} migrations")
+
+    def _forget(self, job: Job) -> None:
+        self._live.pop(job.id, None)
+        if not job.ended.is_set():  # its task was cancelled before the first step
+            job.fail(make_error("migration.cancelled"))
+        if State(job.migration.state) not in ENDED:
+            self._left_over[job.id] = job.migration
+
+    # What is there
+
+    @property
+    def live(self) -> list[Job]:
+        """The jobs that run now."""
+        return list(self._live.values())
+
+    @property
+    def active_count(self) -> int:
+        """How many migrations have not ended, in-doubt ones included."""
+        return len(self._live) + len(self._left_over)
+
+    def active_for(self, vm: str) -> Migration | None:
+        """The migration that holds this VM now, if any."""
+        live = (job.migration for job in self._live.values())
+        return next((m for m in (*live, *self._left_over.values()) if m.vm == vm), None)
+
+    def job_for(self, vm: str) -> Job | None:
+        """The running job that holds this VM, if any."""
+        return next((job for job in self._live.values() if job.migration.vm == vm), None)
+
+    def job(self, migration_id: str) -> Job | None:
+        """The running job with that id, if any."""
+        return self._live.get(migration_id)
+
+    def find(self, reference: str) -> Migration:
+        """A migration by its id, its number, or an unambiguous beginning of its id; raises `migration.unknown`."""
+        entries = self._store.find(reference) if reference else []
+        if not entries:
+            raise make_error("migration.unknown", f"no migration {reference!r}")
+        if len(entries) > 1:
+            raise make_error("migration.unknown", f"more than one migration begins with {reference!r}")
+        return self._newest(entries[0].migration)
+
+    def list(self, *, vm: str | None = None, active: bool = False) -> list[Migration]:
+        """The newest first; with `active` only those that have not ended."""
+        found = [self._newest(migration) for migration in self._store.migrations(vm=vm)]
+        return [m for m in found if not active or m.id in self._live or m.id in self._left_over]
+
+    def _newest(self, journalled: Migration) -> Migration:
+        job = self._live.get(journalled.id)
+        return job.migration if job else self._left_over.get(journalled.id, journalled)
+
+    async def events(self, reference: str) -> AsyncIterator[Event]:
+        """The events of a migration to its end; of one that no job runs: its state, and that this is all."""
+        job = self.job(self.find(reference).id)
+        if job is None:
+            migration = self.find(reference)
+            yield Event(type="state", migration=migration)
+            yield Event(type="end", migration=migration)
+            return
+        subscription = job.subscribe()
+        try:
+            async for event in subscription:
+                yield event
+        finally:
+            job.unsubscribe(subscription)
+
+    def cancel(self, reference: str) -> Migration:
+        """Ask a migration to end; raises `migration.over`, `migration.too-late`."""
+        migration = self.find(reference)
+        job = self.job(migration.id)
+        if job is None:
+            code = "migration.over" if State(migration.state) in ENDED else "migration.too-late"
+            raise ControlError(code, f"migration {migration.number} is {migration.state}")
+        job.cancel()
+        return job.migration
+
+    # What a previous agent left (see recovery.py)
+
+    def adopt(self, entry: JournalEntry) -> None:
+        """Hold the VM of an unfinished migration that no job runs."""
+        self._left_over[entry.migration.id] = entry.migration
+
+    def settle(self, migration: Migration) -> Migration:
+        """Journal what became of an adopted migration; once it has ended, its VM is free."""
+        self._store.journal(migration)
+        if State(migration.state) in ENDED:
+            self._left_over.pop(migration.id, None)
+        else:
+            self._left_over[migration.id] = migration
+        return migration
+
+    # The end
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more migrations, wait `grace_s` for those that run, cancel the rest and wait for their ends.
+
+        Those that are handing over are waited for another `grace_s`: cancelling cannot help them.
+        """
+        self._stopping = True
+        tasks = {job.task for job in self.live if job.task}
+        if tasks and grace_s > 0:
+            _, tasks = await asyncio.wait(tasks, timeout=grace_s)
+        for job in self.live:
+            with contextlib.suppress(ControlError):
+                job.cancel()
+        if tasks:
+            _, tasks = await asyncio.wait(tasks, timeout=max(grace_s, 1.0))
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=max(grace_s, 1.0))

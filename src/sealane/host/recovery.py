@@ -1,0 +1,144 @@
+"""What a new agent does with the migrations that a previous one left unfinished.
+
+    role         journalled state                        what is done
+    source       preparing, copying, switching-over      reclaim: cancel in QEMU, let the VM run again, aborted
+    source       handing-over, in-doubt                  the VM stays paused: in-doubt
+    destination  preparing, copying, switching-over      destroy the launched QEMU, aborted
+    destination  handing-over                            the ticket is ours: resume, completed
+
+What cannot be settled now (a QEMU that does not answer) keeps its state and holds its VM; `recover` is then called again.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+import structlog
+
+from sealane.errors import SealaneError, make_error
+from sealane.host.jobs import Jobs
+from sealane.host.models import Migration, RunsAt
+from sealane.host.problems import problem_of
+from sealane.host.registry import is_absent
+from sealane.host.store import JournalEntry, Store, utc_now
+from sealane.hypervisor.launch import destroy, start_time_ticks
+from sealane.hypervisor.qmp import QmpMachine
+from sealane.limits import QMP_TIMEOUT_S
+from sealane.session.handover import ENDED
+
+_log = structlog.get_logger()
+
+# Where QEMU itself stopped the guest for a migration; `paused` is ours only if we journalled the switch-over.
+STOPPED_BY_MIGRATION: Final = frozenset({"finish-migrate", "postmigrate"})
+
+
+class Recovery:
+    """Settles what a previous agent left; `find_qmp` gives a VM's socket where the journal does not."""
+
+    def __init__(
+        self, store: Store, jobs: Jobs, find_qmp: Callable[[str], str | None], *, qmp_timeout_s: float = QMP_TIMEOUT_S
+    ) -> None:
+        self._jobs = jobs
+        self._find_qmp = find_qmp
+        self._qmp_timeout_s = qmp_timeout_s
+        self._open = {entry.migration.id: entry for entry in store.unfinished()}
+        for entry in self._open.values():
+            jobs.adopt(entry)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether everything has been settled."""
+        return not self._open
+
+    async def recover(self) -> list[Migration]:
+        """One attempt at all that is open, one after the other; returns what was settled."""
+        settled = []
+        for entry in list(self._open.values()):
+            log = _log.bind(migration=entry.migration.id[:8], vm=entry.migration.vm, role=entry.migration.role)
+            try:
+                action = _ACTIONS[entry.migration.role, entry.migration.state]
+                migration = self._jobs.settle(await action(self, entry))
+            except SealaneError as error:
+                log.warning("not recovered yet", code=error.code, detail=error.detail)
+                continue
+            del self._open[entry.migration.id]
+            log.info("recovered", state=migration.state, runs_at=migration.runs_at, detail=migration.detail)
+            settled.append(migration)
+        return settled
+
+    def _machine(self, entry: JournalEntry) -> QmpMachine:
+        path = entry.qmp or self._find_qmp(entry.migration.vm)
+        if path is None:
+            missing = make_error("vm.unreachable", f"{entry.migration.vm} is not known here any more")
+            missing.__cause__ = FileNotFoundError()
+            raise missing
+        return QmpMachine.connect(path, self._qmp_timeout_s)
+
+    async def _reclaim(self, entry: JournalEntry) -> Migration:
+        ours = STOPPED_BY_MIGRATION | ({"paused"} if entry.migration.state == "switching-over" else set())
+        try:
+            async with self._machine(entry) as machine:
+                await machine.cancel_migration()
+                run_state = await machine.run_state()
+                if run_state in ours:
+                    await machine.resume()
+                    run_state = await machine.run_state()
+        except SealaneError as error:
+            if not is_absent(error):
+                raise
+            return _aborted(entry, "nowhere", "its QEMU is gone")
+        return _aborted(entry, "source", f"the VM is {run_state}")
+
+    async def _keep_in_doubt(self, entry: JournalEntry) -> Migration:
+        problem = entry.migration.problem or problem_of(make_error("handover.in-doubt"))
+        return _changed(entry, state="in-doubt", runs_at="in-doubt", problem=problem)
+
+    async def _destroy(self, entry: JournalEntry) -> Migration:
+        path = entry.qmp or self._find_qmp(entry.migration.vm)
+        if entry.launched:
+            await destroy(entry.launched.pid, entry.launched.start_time_ticks, qmp_path=path)
+        elif path:
+            await self._destroy_unjournalled(path)
+        return _aborted(entry, "source", "what was launched here is gone")
+
+    async def _destroy_unjournalled(self, path: str) -> None:
+        """The agent died between the launch and its journalling: what waits on the VM's socket for a migration is it."""
+        try:
+            async with QmpMachine.connect(path, self._qmp_timeout_s) as machine:
+                waits = await machine.run_state() == "inmigrate"
+                pid, ticks = machine.pid, start_time_ticks(machine.pid)
+        except SealaneError as error:
+            if not is_absent(error):
+                raise
+            return
+        if waits and pid and ticks is not None:
+            await destroy(pid, ticks, qmp_path=path)
+
+    async def _take_over(self, entry: JournalEntry) -> Migration:
+        try:
+            async with self._machine(entry) as machine:
+                if await machine.run_state() != "running":
+                    await machine.resume()
+        except SealaneError as error:
+            if not is_absent(error):
+                raise
+            detail = "the VM was ours, and its QEMU is gone"
+            return _changed(entry, state="completed", runs_at="nowhere", problem=problem_of(error), detail=detail)
+        return _changed(entry, state="completed", runs_at="destination", detail="resumed after the agent's restart")
+
+
+def _changed(entry: JournalEntry, **changes: Any) -> Migration:
+    migration = Migration.model_validate({**entry.migration.model_dump(), **changes})
+    return migration.model_copy(update={"ended_at": utc_now() if migration.state in ENDED else None})
+
+
+def _aborted(entry: JournalEntry, runs_at: RunsAt, detail: str) -> Migration:
+    problem = problem_of(make_error("agent.restarted"))
+    return _changed(entry, state="aborted", runs_at=runs_at, problem=problem, detail=detail)
+
+
+_ACTIONS: Final[Mapping[tuple[str, str], Callable[[Recovery, JournalEntry], Awaitable[Migration]]]] = {
+    **{("source", state): Recovery._reclaim for state in ("preparing", "copying", "switching-over")},
+    **{("source", state): Recovery._keep_in_doubt for state in ("handing-over", "in-doubt")},
+    **{("destination", state): Recovery._destroy for state in ("preparing", "copying", "switching-over")},
+    **{("destination", state): Recovery._take_over for state in ("handing-over", "in-doubt")},
+}
