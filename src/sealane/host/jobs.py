@@ -215,7 +215,14 @@ class Jobs:
         self._stopping = False
 
     def begin(
-        self, make_job: Callable[[Migration], Job], *, vm: str, role: Role, peer: str, id: str | None = None
+        self,
+        make_job: Callable[[Migration], Job],
+        *,
+        vm: str,
+        role: Role,
+        peer: str,
+        id: str | None = None,
+        qmp: str | None = None,
     ) -> Job:
         """Number a migration, journal it, and run the job that `make_job` builds for it.
 
@@ -235,7 +242,7 @@ class Jobs:
         if id is not None and self._store.find(id):
             raise PeerError("peer.message", "that migration id was used before")
         job = make_job(migration)
-        self._store.journal(migration)
+        self._store.journal(migration, qmp=qmp)
         self._live[migration.id] = job
         job.task = asyncio.create_task(job.supervise(), name=f"migration {migration.number}")
         job.task.add_done_callback(lambda _task: self._forget(job))

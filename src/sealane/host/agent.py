@@ -1,0 +1,275 @@
+"""The agent: composition root of one host, and its life from the lock to a clean exit."""
+
+import asyncio
+import contextlib
+import fcntl
+import importlib
+import io
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, AsyncExitStack
+from pathlib import Path
+from typing import IO, Any, Final, Protocol
+
+import structlog
+import uvicorn
+
+import sealane
+from sealane.crypto.identity import load_identity
+from sealane.errors import SealaneError, make_error
+from sealane.host.api import create_app
+from sealane.host.config import VMS_FILE, Settings
+from sealane.host.jobs import Job, Jobs
+from sealane.host.logs import configure_logs
+from sealane.host.models import Host, Migration, MigrationRequest, Peer, VmDefinition
+from sealane.host.notify import notify
+from sealane.host.peers import Peers
+from sealane.host.recovery import Recovery
+from sealane.host.registry import Registry
+from sealane.host.store import Store
+from sealane.paths import Paths
+
+# What could not be recovered at the start (a QEMU that hangs) is tried again this often.
+RECOVERY_INTERVAL_S: Final = 5.0
+# How long open REST requests may take once the migrations have ended.
+API_GRACE_S: Final = 2
+ROOT_OF_TRUST: Final = "none"
+
+
+class Listener(Protocol):
+    """What accepts peers; `sealane.host.listener.PeerListener` in earnest."""
+
+    async def start(self) -> None:
+        """Open the port; raises `host.port`."""
+
+    async def stop(self) -> None:
+        """Close the port; what was accepted goes on."""
+
+
+MakeListener = Callable[["Agent"], Listener]
+MakeSource = Callable[["Agent", MigrationRequest, VmDefinition, Peer, Migration], Job]
+
+
+def _make_listener(agent: "Agent") -> Listener:
+    # by name: the listener and the migrations import this module's Agent, not the other way round
+    listener: Listener = importlib.import_module("sealane.host.listener").PeerListener(agent)
+    return listener
+
+
+def _make_source(agent: "Agent", request: MigrationRequest, vm: VmDefinition, peer: Peer, migration: Migration) -> Job:
+    source: Job = importlib.import_module("sealane.host.migration.source").SourceMigration(
+        agent, request, vm, peer, migration
+    )
+    return source
+
+
+class Agent:
+    """One host's agent. `run` is its whole life; `stop` ends it gracefully."""
+
+    def __init__(
+        self,
+        paths: Paths,
+        settings: Settings,
+        *,
+        make_listener: MakeListener = _make_listener,
+        make_source: MakeSource = _make_source,
+    ) -> None:
+        self.paths = paths
+        self.settings = settings
+        self.log = structlog.get_logger().bind(host=settings.name)
+        self.identity = load_identity(paths)
+        self.store = Store(paths.database)
+        self.jobs = Jobs(self.store, migrations_max=settings.limits.migrations_max)
+        self.peers = Peers(self.store)
+        self.registry = Registry(self.store, paths.config / VMS_FILE, self.jobs)
+        self.listener = make_listener(self)
+        self._make_source = make_source
+        self._stop = asyncio.Event()
+
+    # The interface's wishes
+
+    def describe(self) -> Host:
+        """Who this agent is; the address is the listener's own where it knows better (port 0)."""
+        configured = f"[{self.settings.listen}]" if ":" in self.settings.listen else self.settings.listen
+        return Host(
+            name=self.settings.name,
+            version=sealane.__version__,
+            fingerprint=self.identity.fingerprint,
+            not_after=self.identity.not_after,
+            listen=str(getattr(self.listener, "address", None) or f"{configured}:{self.settings.port}"),
+            root_of_trust=ROOT_OF_TRUST,
+            migrations_active=self.jobs.active_count,
+        )
+
+    async def begin_migration(self, request: MigrationRequest) -> Migration:
+        """Begin to move a VM away. Raises `vm.unknown`, `trust.unknown`, `trust.no-address`, and what `Jobs.begin` does."""
+        vm = self.registry.get(request.vm)
+        peer = self.peers.get(request.host)
+        if peer.address is None:
+            raise make_error("trust.no-address", f"{peer.name} has no address")
+        job = self.jobs.begin(
+            lambda migration: self._make_source(self, request, vm, peer, migration),
+            vm=vm.name,
+            role="source",
+            peer=peer.name,
+            qmp=vm.qmp,
+        )
+        return job.migration
+
+    # Life
+
+    def stop(self) -> None:
+        """Begin to end: no new migrations, a grace for those that run, then a clean exit."""
+        self._stop.set()
+
+    async def run(self, on_ready: Callable[[], None] | None = None) -> None:
+        """Recover, serve until `stop`, end cleanly."""
+        try:
+            async with AsyncExitStack() as stack:
+                recovery = Recovery(
+                    self.store, self.jobs, self._find_qmp, qmp_timeout_s=self.settings.limits.qmp_timeout_s
+                )
+                await recovery.recover()
+                await self._serve(stack, recovery)
+                self.log.info("ready", listen=self.describe().listen, socket=str(self.paths.agent_socket))
+                notify("READY=1", f"STATUS=listening on {self.describe().listen}")
+                if on_ready:
+                    on_ready()
+                await self._stop.wait()
+                notify("STOPPING=1", f"STATUS=waiting for {len(self.jobs.live)} migrations")
+                self.log.info("stopping", migrations=len(self.jobs.live))
+                await self.jobs.stop(self.settings.limits.stop_grace_s)
+        finally:
+            self.store.close()
+        self.log.info("stopped")
+
+    async def _serve(self, stack: AsyncExitStack, recovery: Recovery) -> None:
+        retry = asyncio.create_task(self._recover_the_rest(recovery), name="recovery")
+        stack.push_async_callback(_cancelled, retry)
+        await self.listener.start()
+        stack.push_async_callback(self.listener.stop)
+        server = _ApiServer(
+            uvicorn.Config(
+                create_app(self),
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=API_GRACE_S,
+            )
+        )
+        sock = _bind(self.paths.agent_socket)
+        stack.callback(self.paths.agent_socket.unlink, missing_ok=True)
+        serving = asyncio.create_task(server.serve(sockets=[sock]), name="api")
+        serving.add_done_callback(lambda _task: self.stop())
+        stack.push_async_callback(_ended, server, serving)
+
+    async def _recover_the_rest(self, recovery: Recovery) -> None:
+        while not recovery.is_done:
+            await asyncio.sleep(RECOVERY_INTERVAL_S)
+            await recovery.recover()
+
+    def _find_qmp(self, vm: str) -> str | None:
+        with contextlib.suppress(SealaneError):
+            return self.registry.get(vm).qmp
+        return None
+
+
+class _ApiServer(uvicorn.Server):
+    """Uvicorn without its own signal handlers; the agent decides when to end."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def _ended(server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+    server.should_exit = True
+    await serving
+
+
+def _bind(path: Path) -> socket.socket:
+    """The REST socket, never open to others: its directory is 0700 and it is born with mode 0660.
+
+    The lock is ours, so whatever lies there is stale.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o117)
+    try:
+        path.unlink(missing_ok=True)
+        sock.bind(str(path))
+    except OSError as error:
+        sock.close()
+        raise make_error("host.permission", f"{path}: {error.strerror or error}") from error
+    finally:
+        os.umask(before)
+    return sock
+
+
+# Entrance
+
+
+class _Locks(AbstractContextManager[None]):
+    """One agent for each state directory and each run directory (flock(2): gone with the process)."""
+
+    def __init__(self, paths: Paths) -> None:
+        self._directories = (paths.state, paths.run)
+        self._files: list[IO[str]] = []
+
+    def __enter__(self) -> None:
+        try:
+            for directory in self._directories:
+                self._lock(directory)
+        except BlockingIOError:
+            self.__exit__()
+            raise make_error("agent.running", f"another agent holds {directory}") from None
+        except OSError as error:
+            self.__exit__()
+            raise make_error("host.permission", f"{directory}: {error.strerror}") from error
+
+    def _lock(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = open(directory / "agent.lock", "a", encoding="ascii")  # noqa: SIM115
+        self._files.append(file)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def __exit__(self, *_exc: object) -> None:
+        for file in self._files:
+            file.close()
+        self._files.clear()
+
+
+def run_agent(paths: Paths, settings: Settings) -> int:
+    """Run this host's agent in the foreground until SIGTERM or SIGINT; the exit status is 0 after a graceful end.
+
+    Raises `agent.running`, `host.identity-missing`, `host.port`, `host.permission`, `host.store`, and
+    `usage.configuration`.
+    """
+    configure_logs(settings.log, settings.log_level)
+    with _Locks(paths):
+        asyncio.run(_main(paths, settings))
+    return 0
+
+
+async def _main(paths: Paths, settings: Settings) -> None:
+    agent = Agent(paths, settings)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, agent.stop)
+    loop.add_signal_handler(signal.SIGUSR1, _dump_tasks, agent.log)
+    await agent.run()
+
+
+def _dump_tasks(log: Any) -> None:
+    """Every task and where it stands, to the log."""
+    for task in sorted(asyncio.all_tasks(), key=lambda task: task.get_name()):
+        text = io.StringIO()
+        task.print_stack(file=text)
+        log.warning("task", name=task.get_name(), stack=text.getvalue())
