@@ -54,7 +54,7 @@ MakeSource = Callable[["Agent", MigrationRequest, VmDefinition, Peer, Migration]
 
 def _make_listener(agent: "Agent") -> Listener:
     # by name: the listener and the migrations import this module's Agent, not the other way round
-    listener: Listener = importlib.import_module("sealane.host.listener").PeerListener(agent)
+    listener: Listener = importlib.import_module("sealane.host.listener").PeerListener(agent, agent.settings)
     return listener
 
 

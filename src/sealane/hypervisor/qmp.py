@@ -120,6 +120,14 @@ class EventStream:
             self._waiting.get_nowait()
         self._waiting.put_nowait(event)
 
+    def taken(self) -> list[VmEvent]:
+        """What has arrived so far, without waiting."""
+        arrived = []
+        while not self._waiting.empty():
+            arrived.append(self._waiting.get_nowait())
+        self._ended = self._ended or any(isinstance(event, Closed) for event in arrived)
+        return arrived
+
     def __aiter__(self) -> Self:
         return self
 

@@ -73,7 +73,11 @@ TRANSITIONS: Final[Mapping[Role, Mapping[State, Mapping[Input, State]]]] = {
         **_COMMON,
         State.SWITCHING_OVER: {Input.TICKET_JOURNALLED: State.HANDING_OVER, Input.FAILED: State.ABORTED},
         # The ticket is ours: a lost link changes nothing. Only a copy that never ran and is destroyed may be refused.
-        State.HANDING_OVER: {Input.RECEIPT: State.COMPLETED, Input.REFUSED: State.ABORTED},
+        State.HANDING_OVER: {
+            Input.RECEIPT: State.COMPLETED,
+            Input.FAILED: State.COMPLETED,
+            Input.REFUSED: State.ABORTED,
+        },
         State.COMPLETED: {},
         State.ABORTED: {},
     },
@@ -87,13 +91,17 @@ class Handover:
         self.role = role
         self.state = state
 
-    def step(self, happened: Input) -> State:
-        """Move on; raises ControlError `migration.over` where the table has no such step."""
+    def after(self, happened: Input) -> State:
+        """The state that follows; raises ControlError `migration.over` where the table has no such step."""
         following = TRANSITIONS[self.role][self.state].get(happened)
         if following is None:
             raise ControlError("migration.over", f"{self.role} is {self.state}: {happened} cannot happen there")
-        self.state = following
         return following
+
+    def step(self, happened: Input) -> State:
+        """Move on; raises as `after` does."""
+        self.state = self.after(happened)
+        return self.state
 
     @property
     def may_resume_here(self) -> bool:

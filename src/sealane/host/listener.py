@@ -1,0 +1,144 @@
+"""The one TCP port for peers: every connection says in 32 bytes where it belongs, and goes there.
+
+The listener never reads beyond the preface, never ends TLS, and holds nothing that a stranger can make it hold: the table
+of connections without a preface is bounded, its oldest entry goes when a new one comes, and so it is with the enclaves
+whose peer has not proved itself.
+"""
+
+import asyncio
+import socket
+from collections import OrderedDict
+from typing import Final
+
+import structlog
+
+from sealane.errors import HostError, SealaneError
+from sealane.host.config import Settings
+from sealane.host.migration.context import MigrationContext
+from sealane.host.migration.destination import Reception
+from sealane.host.migration.dialling import tune
+from sealane.limits import PENDING_CONNECTIONS_MAX, PREFACE_TIMEOUT_S, UNPROVEN_ENCLAVES_MAX
+from sealane.session.preface import PREFACE_BYTES, ConnectionKind, Preface, parse_preface
+
+_BACKLOG: Final = 256
+# After accept(2) failed for want of descriptors or memory.
+_ACCEPT_PAUSE_S: Final = 0.1
+
+
+class PeerListener:
+    """Accepts, reads prefaces, routes."""
+
+    def __init__(self, context: MigrationContext, settings: Settings) -> None:
+        self._context, self._settings = context, settings
+        self._log = structlog.get_logger().bind(part="listener")
+        self._socket: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
+        self._pending: OrderedDict[asyncio.Task[None], None] = OrderedDict()
+        self._receptions: dict[bytes, Reception] = {}
+        self._unproven: OrderedDict[bytes, asyncio.Task[None]] = OrderedDict()
+
+    @property
+    def address(self) -> str | None:
+        """Where it listens, `host:port`, once it does."""
+        if self._socket is None:
+            return None
+        host, port = self._socket.getsockname()[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    async def start(self) -> None:
+        """Open the port; raises `host.port`."""
+        host, port = self._settings.listen, self._settings.port
+        try:
+            family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            dual = family == socket.AF_INET6 and host == "::"
+            self._socket = socket.create_server(where[:2], family=family, backlog=_BACKLOG, dualstack_ipv6=dual)
+        except OSError as error:
+            raise HostError("host.port", f"{host} port {port}: {error.strerror or error}") from error
+        self._socket.setblocking(False)
+        self._accepting = asyncio.create_task(self._accept_all(self._socket), name="listener")
+
+    async def stop(self) -> None:
+        """Close the port and what has not become a migration; migrations go on."""
+        tasks = [task for task in (self._accepting, *self._pending, *self._unproven.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    async def _accept_all(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listening)
+            except OSError as error:
+                self._log.warning("accept failed", reason=error.strerror)
+                await asyncio.sleep(_ACCEPT_PAUSE_S)
+                continue
+            task = asyncio.create_task(self._welcome(connection), name="preface")
+            self._pending[task] = None
+            task.add_done_callback(lambda done: self._pending.pop(done, None))
+            if len(self._pending) > PENDING_CONNECTIONS_MAX:
+                oldest, _ = self._pending.popitem(last=False)
+                oldest.cancel()
+
+    async def _welcome(self, connection: socket.socket) -> None:
+        try:
+            connection.setblocking(False)
+            tune(connection)
+            preface = await _read_preface(connection)
+        except (SealaneError, OSError, TimeoutError) as error:
+            self._log.info("connection without a fitting preface", reason=str(error) or "too slow")
+            connection.close()
+        except asyncio.CancelledError:
+            connection.close()
+            raise
+        else:
+            self._route(preface, connection)
+
+    def _route(self, preface: Preface, connection: socket.socket) -> None:
+        known = self._receptions.get(preface.migration_id)
+        if preface.kind is ConnectionKind.LANE:
+            if known is None or not known.accept_lane(preface.lane, connection):
+                connection.close()
+        elif known is not None:
+            connection.close()
+        else:
+            self._receive(preface.migration_id, connection)
+
+    def _receive(self, migration_id: bytes, connection: socket.socket) -> None:
+        reception = Reception(self._context, migration_id.hex())
+        self._receptions[migration_id] = reception
+        task = asyncio.create_task(self._serve(migration_id, reception, connection), name="reception")
+        self._unproven[migration_id] = task
+        strangers = [key for key in self._unproven if not self._receptions[key].is_proven]
+        if len(strangers) > UNPROVEN_ENCLAVES_MAX:
+            self._unproven[strangers[0]].cancel()
+
+    async def _serve(self, migration_id: bytes, reception: Reception, connection: socket.socket) -> None:
+        over = True
+        try:
+            job = await reception.meet(connection)
+            if job.task is not None:
+                job.task.add_done_callback(lambda _: self._receptions.pop(migration_id, None))
+                over = False
+        except SealaneError as error:
+            self._log.info("a migration was not received", code=error.code, reason=error.detail)
+        finally:
+            self._unproven.pop(migration_id, None)
+            if over:
+                self._receptions.pop(migration_id, None)
+
+
+async def _read_preface(connection: socket.socket) -> Preface:
+    """Read 32 bytes and no more; what follows is for the enclave."""
+    loop = asyncio.get_running_loop()
+    data = b""
+    async with asyncio.timeout(PREFACE_TIMEOUT_S):
+        while len(data) < PREFACE_BYTES:
+            piece = await loop.sock_recv(connection, PREFACE_BYTES - len(data))
+            if not piece:
+                raise OSError("closed before its preface was whole")
+            data += piece
+    return parse_preface(data)

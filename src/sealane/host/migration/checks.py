@@ -1,0 +1,84 @@
+"""What must fit before anything stops: the destination compares its launched VM with what the source says."""
+
+from pathlib import Path
+from typing import Final
+
+from sealane.errors import ControlError
+from sealane.host.migration.messages import Prepare
+from sealane.hypervisor.driver import VmDescription
+from sealane.limits import GIB, MIB, MULTIFD_CHANNELS_DEFAULT
+
+# Without these a migration cannot be handed over: QEMU must wait for our word, and say how it went.
+NEEDED_CAPABILITIES: Final = frozenset({"return-path", "events", "pause-before-switchover"})
+MULTIFD: Final = "multifd"
+# QEMU's own needs beside the guest's memory: device state, page tables, the migration's buffers.
+_BESIDE_GUEST_BYTES: Final = 64 * MIB
+
+
+def words_for(size: int) -> str:
+    """A memory size in IEC units."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.0f} MiB"
+
+
+def available_memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """What the kernel would give without swapping (MemAvailable, proc(5))."""
+    for line in meminfo.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    raise ControlError("check.free-memory", f"{meminfo} does not say how much memory is available")
+
+
+def check_free_memory(wanted_bytes: int, available_bytes: int) -> None:
+    """Raise `check.free-memory` where the guest would not fit."""
+    if available_bytes < wanted_bytes + _BESIDE_GUEST_BYTES:
+        raise ControlError(
+            "check.free-memory",
+            f"the VM has {words_for(wanted_bytes)} and {words_for(available_bytes)} are available there",
+        )
+
+
+def check_source(vm: VmDescription) -> None:
+    """Raise where the source's QEMU cannot do what every migration needs."""
+    missing = NEEDED_CAPABILITIES - vm.capabilities
+    if missing:
+        raise ControlError("check.capabilities", f"the source's QEMU lacks {', '.join(sorted(missing))}")
+
+
+def check_same_machine(wanted: Prepare, here: VmDescription) -> None:
+    """Raise the first difference that would make the stream fail, or worse, load wrongly."""
+    if here.qemu_version[:2] < wanted.qemu_version[:2]:
+        raise ControlError(
+            "check.qemu-version",
+            f"QEMU is {_version(wanted.qemu_version)} at the source and {_version(here.qemu_version)} at the destination",
+        )
+    pairs: tuple[tuple[str, object, object, str], ...] = (
+        ("check.machine-type", wanted.machine_type, here.machine_type, "the machine type"),
+        (
+            "check.memory",
+            words_for(wanted.memory_bytes) + f" ({wanted.memory_bytes} bytes)",
+            words_for(here.memory_bytes) + f" ({here.memory_bytes} bytes)",
+            "the memory",
+        ),
+        ("check.cpus", wanted.cpus, here.cpus, "the number of CPUs"),
+    )
+    for code, there, ours, what in pairs:
+        if there != ours:
+            raise ControlError(code, f"{what} is {there} at the source and {ours} at the destination")
+    missing = NEEDED_CAPABILITIES - {"pause-before-switchover"} - here.capabilities
+    if missing:
+        raise ControlError("check.capabilities", f"the destination's QEMU lacks {', '.join(sorted(missing))}")
+
+
+def choose_multifd_channels(wanted: int | None, source: frozenset[str], destination: frozenset[str]) -> int:
+    """How many multifd channels: the wish where there is one, else the default where both ends have multifd."""
+    both = MULTIFD in source and MULTIFD in destination
+    if wanted is None:
+        return MULTIFD_CHANNELS_DEFAULT if both else 0
+    if wanted and not both:
+        raise ControlError("check.capabilities", "multifd was asked for and is missing at one end")
+    return wanted
+
+
+def _version(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

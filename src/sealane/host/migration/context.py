@@ -1,0 +1,25 @@
+"""What a migration needs of the agent that runs it."""
+
+from typing import Final, Protocol
+
+from sealane.crypto.aead import CIPHER_NAME
+from sealane.crypto.identity import Identity
+from sealane.host.jobs import Jobs
+from sealane.host.peers import Peers
+from sealane.host.registry import Registry
+from sealane.host.store import Store
+from sealane.paths import Paths
+
+PROTECTION: Final = "sealed"
+LANE_CIPHER: Final = CIPHER_NAME
+
+
+class MigrationContext(Protocol):
+    """The agent, as its migrations see it."""
+
+    paths: Paths
+    identity: Identity
+    store: Store
+    jobs: Jobs
+    peers: Peers
+    registry: Registry

@@ -1,0 +1,360 @@
+"""The destination's side: meet a source, prepare what it wants to send, receive it, take it over.
+
+    (reception)      enclave up, the peer is known, it says which VM it wants to send
+    preparing        this host knows the VM, it is not here, it fits; its QEMU is launched, compared, and listens
+    copying          lanes open; QEMU is dialled when a lane's first bytes come
+    switching-over   QEMU has loaded everything and is paused; the lanes' digest goes to the source
+    handing-over     the ticket is journalled: the VM is ours, and is resumed
+
+Up to the journalling of the ticket every failure destroys what was launched here.
+"""
+
+import asyncio
+import socket
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from sealane.enclave.interface import AcceptLane, AttachVm, Begin, ExpectLanes, PeerEstablished, SendMessage
+from sealane.errors import ControlError, InternalError, SealaneError, make_error
+from sealane.host.jobs import Job
+from sealane.host.migration import messages
+from sealane.host.migration.checks import (
+    available_memory_bytes,
+    check_free_memory,
+    check_same_machine,
+    choose_multifd_channels,
+)
+from sealane.host.migration.context import LANE_CIPHER, PROTECTION, MigrationContext
+from sealane.host.migration.dialling import SocketDirectory, dial_vm
+from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
+from sealane.host.models import Migration, Progress, Result, VmDefinition
+from sealane.host.problems import problem_of
+from sealane.host.store import utc_now
+from sealane.hypervisor.driver import MigrationParameters
+from sealane.hypervisor.launch import LaunchedMachine, destroy, launch_incoming
+from sealane.hypervisor.qmp import QmpMachine
+from sealane.limits import (
+    CHANNEL_ANSWER_TIMEOUT_S,
+    HANDSHAKE_TIMEOUT_S,
+    LANE_OPEN_TIMEOUT_S,
+    LOADED_TIMEOUT_S,
+)
+from sealane.session.handover import Handover, Input, Role
+
+PROGRESS_EVERY_S: Final = 0.5
+# The source may want to ask a hook and write its journal between our `loaded` and its ticket.
+_TICKET_WAIT_S: Final = LOADED_TIMEOUT_S
+_GOODBYE_WAIT_S: Final = 5.0
+_REASON_WAIT_S: Final = 2.5
+
+
+class Reception:
+    """One channel from its preface to the VM that the peer names; afterwards it routes lanes to the enclave."""
+
+    def __init__(self, context: MigrationContext, migration_id: str) -> None:
+        self._context, self._id = context, migration_id
+        self._enclave: EnclaveProcess | None = None
+        self._lanes_awaited: set[int] = set()
+        self.is_proven = False
+
+    async def meet(self, connection: socket.socket) -> Job:
+        """Meet the peer and begin the job that it asks for; raises SealaneError, having told the peer."""
+        try:
+            self._enclave = enclave = await EnclaveProcess.start()
+        except BaseException:
+            connection.close()
+            raise
+        try:
+            met = await self._handshake(enclave, connection)
+            self.is_proven = True
+            prepare = await enclave.expect(messages.Prepare, CHANNEL_ANSWER_TIMEOUT_S)
+            return self._begin_job(enclave, met, prepare)
+        except BaseException as error:
+            await uninterrupted(_turn_away(enclave, error))
+            raise
+
+    async def _handshake(self, enclave: EnclaveProcess, connection: socket.socket) -> PeerEstablished:
+        identity = self._context.identity
+        enclave.call(
+            Begin(
+                role="destination",
+                migration=self._id,
+                key_pem=identity.key_pem.decode(),
+                certificate_pem=identity.certificate_pem.decode(),
+                trusted={peer.fingerprint: peer.name for peer in self._context.peers.list()},
+                protection=PROTECTION,
+                now=utc_now().isoformat(),
+            ),
+            connection,
+        )
+        return await enclave.wait(enclave.established, HANDSHAKE_TIMEOUT_S, "peer.slow", "handshake")
+
+    def _begin_job(self, enclave: EnclaveProcess, met: PeerEstablished, prepare: messages.Prepare) -> Job:
+        try:
+            vm = self._context.registry.get(prepare.vm)
+        except SealaneError:
+            raise ControlError("check.vm-unknown", f"this host knows no VM {prepare.vm}") from None
+        if not vm.launch_incoming:
+            raise ControlError("check.no-launch", f"{prepare.vm} has no launch command here")
+        return self._context.jobs.begin(
+            lambda migration: DestinationMigration(self._context, self, enclave, met, prepare, vm, migration),
+            vm=vm.name,
+            role="destination",
+            peer=met.peer_name,
+            id=self._id,
+            qmp=vm.qmp,
+        )
+
+    def expect_lanes(self, count: int) -> None:
+        """From now on so many lanes are let in, each once."""
+        self._lanes_awaited = set(range(count))
+
+    def accept_lane(self, lane: int, connection: socket.socket) -> bool:
+        """Hand a lane's connection to the enclave; False where it is not awaited (the caller closes it)."""
+        if self._enclave is None or lane not in self._lanes_awaited:
+            return False
+        self._lanes_awaited.discard(lane)
+        try:
+            self._enclave.call(AcceptLane(lane), connection)
+        except SealaneError:
+            return True
+        return True
+
+
+async def _turn_away(enclave: EnclaveProcess, error: BaseException) -> None:
+    enclave.abort(error if isinstance(error, SealaneError) else InternalError("internal.error"))
+    await enclave.reap()
+
+
+class DestinationMigration(Job):
+    """One VM comes to this host."""
+
+    def __init__(
+        self,
+        context: MigrationContext,
+        reception: Reception,
+        enclave: EnclaveProcess,
+        met: PeerEstablished,
+        prepare: messages.Prepare,
+        vm: VmDefinition,
+        migration: Migration,
+    ) -> None:
+        details = {"tls_version": met.tls_version, "kex_group": met.kex_group, "cipher": LANE_CIPHER}
+        super().__init__(context.store, migration.model_copy(update=details))
+        self._context, self._reception, self._enclave = context, reception, enclave
+        self._prepare, self._vm = prepare, vm
+        self._handover = Handover(Role.DESTINATION)
+        self._launched: LaunchedMachine | None = None
+        self._main_attached = asyncio.Event()
+        self._attaching: set[asyncio.Task[None]] = set()
+        self._begun = time.monotonic()
+
+    async def run(self) -> None:
+        """Carry the migration out; ends in completed or aborted whatever happens."""
+        try:
+            with SocketDirectory(self._context.paths.run, self.id) as directory:
+                try:
+                    await self._receive(directory)
+                except BaseException as error:
+                    await uninterrupted(self._give_up(error))
+        finally:
+            for task in self._attaching:
+                task.cancel()
+            await uninterrupted(self._enclave.reap())
+
+    async def _receive(self, directory: Path) -> None:
+        await self._launch(directory)
+        async with QmpMachine.connect(self._vm.qmp) as qemu:
+            path = directory / "in.sock"
+            channels = await self._make_ready(qemu, path)
+            await self._open_lanes(path, channels)
+            self._step(Input.PREPARED, detail="the VM's memory comes in", multifd_channels=channels)
+            digest = await self._load(qemu)
+            self._step(Input.VM_STOPPED, detail="everything came and is loaded, paused")
+            self._enclave.call(SendMessage(messages.Loaded(digest=digest).model_dump_json()))
+            ticket = await self._enclave.expect(messages.Ticket, _TICKET_WAIT_S)
+            self._check_ticket(ticket, digest)
+            await self._take_over(qemu, ticket)
+
+    # ---- preparing
+
+    async def _launch(self, directory: Path) -> None:
+        self.update(detail="launching QEMU")
+        check_free_memory(self._prepare.memory_bytes, available_memory_bytes())
+        if await self._is_here():
+            raise ControlError("check.vm-present", f"{self._vm.name} has a QEMU here already")
+        assert self._vm.launch_incoming is not None  # noqa: S101 - checked by the reception
+        logs = self._context.paths.state / "log"
+        logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        await self._watch(
+            launch_incoming(
+                self._vm.launch_incoming,
+                self._vm.qmp,
+                logs / f"{self._vm.name}.log",
+                on_started=self._note_launched,
+            )
+        )
+
+    def _note_launched(self, launched: LaunchedMachine) -> None:
+        self._launched = launched
+        self.journal(launched=launched)
+
+    async def _is_here(self) -> bool:
+        try:
+            async with QmpMachine.connect(self._vm.qmp):
+                return True
+        except SealaneError as error:
+            return error.code != "vm.unreachable"
+
+    async def _make_ready(self, qemu: QmpMachine, path: Path) -> int:
+        self.description = here = await qemu.describe()
+        if here.run_state != "inmigrate":
+            raise make_error("launch.failed", f"QEMU is {here.run_state}, and does not wait for a migration")
+        check_same_machine(self._prepare, here)
+        channels = choose_multifd_channels(
+            self._prepare.multifd_channels, frozenset(self._prepare.capabilities), here.capabilities
+        )
+        await qemu.configure_migration(MigrationParameters(multifd_channels=channels), incoming=True)
+        await qemu.migrate_incoming(f"unix:{path}")
+        return channels
+
+    async def _open_lanes(self, path: Path, channels: int) -> None:
+        self._enclave.on_vm_wanted = lambda lane: self._attach_soon(lane, path)
+        self._enclave.call(ExpectLanes(1 + channels))
+        self._reception.expect_lanes(1 + channels)
+        self._enclave.call(SendMessage(messages.Prepared(multifd_channels=channels).model_dump_json()))
+        await self._enclave.wait(
+            self._enclave.lanes_open, CHANNEL_ANSWER_TIMEOUT_S + LANE_OPEN_TIMEOUT_S, "peer.slow", "lanes"
+        )
+
+    # ---- receiving
+
+    def _attach_soon(self, lane: int, path: Path) -> None:
+        task = asyncio.create_task(self._attach(lane, path), name=f"attach lane {lane}")
+        self._attaching.add(task)
+        task.add_done_callback(self._attaching.discard)
+
+    async def _attach(self, lane: int, path: Path) -> None:
+        """Dial QEMU for a lane, lane 0 first: an older QEMU tells channels apart by the order in which they come."""
+        try:
+            if lane:
+                await self._main_attached.wait()
+            self._enclave.call(AttachVm(lane), await dial_vm(path))
+            if not lane:
+                self._main_attached.set()
+        except SealaneError as error:
+            self._enclave.fail(error)
+
+    async def _load(self, qemu: QmpMachine) -> str:
+        """Wait until QEMU has loaded everything and both ends have closed every lane; returns the lanes' digest."""
+        waiting = asyncio.ensure_future(qemu.wait_migration({"completed"}))
+        try:
+            while not waiting.done():
+                await self._watch(asyncio.wait({waiting}, timeout=PROGRESS_EVERY_S))
+                self.update(progress=Progress(bytes_wire=self._enclave.counters.wire_bytes))
+            await waiting
+        finally:
+            waiting.cancel()
+        enclave = self._enclave
+        closed = await enclave.wait(enclave.lanes_closed, LOADED_TIMEOUT_S, "peer.slow", "close of the lanes")
+        state = await qemu.run_state()
+        if state == "running":
+            raise InternalError("internal.error", "QEMU resumed the VM by itself")
+        return closed.digest
+
+    # ---- the hand-over
+
+    def _check_ticket(self, ticket: messages.Ticket, digest: str) -> None:
+        expected = (self._vm.name, self._prepare.epoch + 1, digest)
+        if (ticket.vm, ticket.epoch, ticket.digest) != expected:
+            raise ControlError("handover.digest", "the ticket is for another VM, epoch or stream")
+        if ticket.epoch <= self.store.epoch(self._vm.name):
+            raise ControlError("handover.refused", f"epoch {ticket.epoch} of {self._vm.name} was here already")
+
+    async def _take_over(self, qemu: QmpMachine, ticket: messages.Ticket) -> None:
+        self._step(Input.TICKET_JOURNALLED, epoch=ticket.epoch, runs_at="destination", detail="resuming the VM")
+        await uninterrupted(qemu.resume())
+        resumed = time.monotonic()
+        if await qemu.run_state() != "running":
+            raise make_error("vm.not-running", "QEMU did not resume the VM")
+        since = (time.monotonic() - resumed) * 1e3
+        receipt = messages.Receipt(vm=ticket.vm, epoch=ticket.epoch, since_resume_ms=since)
+        self._enclave.call(SendMessage(receipt.model_dump_json()))
+        self._handover.step(Input.RECEIPT)
+        result = Result(total_ms=(time.monotonic() - self._begun) * 1e3, bytes_wire=self._enclave.counters.wire_bytes)
+        self.end(state="completed", runs_at="destination", detail="", result=result)
+        last_words: set[asyncio.Future[Any]] = {self._enclave.finished, self._enclave.failed}
+        await asyncio.wait(last_words, timeout=_GOODBYE_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
+        self._enclave.finish()
+
+    # ---- when it does not go on
+
+    async def _give_up(self, error: BaseException) -> None:
+        if self.ended.is_set():
+            self._enclave.finish()
+            return
+        reason = await self._better_reason(_as_sealane_error(error))
+        if not isinstance(error, (SealaneError, asyncio.CancelledError)):
+            self.log.error("unexpected error", exc_info=error)
+        if self._handover.may_resume_here:
+            await self._refuse_or_keep(reason)
+            return
+        self._enclave.abort(reason)
+        await self._destroy()
+        self.end(state="aborted", runs_at="source", problem=problem_of(reason))
+
+    async def _refuse_or_keep(self, reason: SealaneError) -> None:
+        """The ticket is ours. A copy that runs stays, whoever else failed; one that never ran may be given back."""
+        try:
+            async with QmpMachine.connect(self._vm.qmp) as qemu:
+                runs = await qemu.run_state() == "running"
+        except SealaneError:
+            runs = False
+        if runs:
+            self._handover.step(Input.FAILED)
+            self._enclave.finish()
+            self.end(state="completed", runs_at="destination", problem=problem_of(reason))
+            return
+        await self._destroy()
+        refusal = messages.TicketRefused(code=reason.code, detail=reason.detail[:1000])
+        try:
+            self._enclave.call(SendMessage(refusal.model_dump_json()))
+        except SealaneError as lost:
+            self.log.error("the refusal did not leave", code=lost.code)
+        self._enclave.finish()
+        self._handover.step(Input.REFUSED)
+        self.end(state="aborted", runs_at="source", problem=problem_of(reason))
+
+    async def _better_reason(self, reason: SealaneError) -> SealaneError:
+        """QEMU only says that its stream ended; the enclave, or the peer through it, knows why."""
+        if reason.code not in {"migration.qemu-failed", "vm.unreachable", "vm.qmp"}:
+            return reason
+        await asyncio.wait({self._enclave.failed}, timeout=_REASON_WAIT_S)
+        if self._enclave.failed.done():
+            return self._enclave.failed.result()
+        if reason.code == "vm.unreachable" and self._launched is not None:
+            return make_error("migration.destination-died")
+        return reason
+
+    async def _destroy(self) -> None:
+        if self._launched is not None:
+            await destroy(self._launched.pid, self._launched.start_time_ticks, qmp_path=self._vm.qmp)
+
+    # ---- small things
+
+    def _step(self, happened: Input, *, epoch: int | None = None, **changes: Any) -> None:
+        """Journal the state that follows, durably, then be in it."""
+        self.journal(state=self._handover.after(happened).value, epoch=epoch, **changes)
+        self._handover.step(happened)
+
+    async def _watch(self, awaitable: Any) -> Any:
+        return await self._enclave.wait(awaitable, None, "enclave.slow", "")
+
+
+def _as_sealane_error(error: BaseException) -> SealaneError:
+    if isinstance(error, SealaneError):
+        return error
+    if isinstance(error, asyncio.CancelledError):
+        return ControlError("migration.cancelled")
+    return InternalError("internal.error", f"{type(error).__name__}: {error}")

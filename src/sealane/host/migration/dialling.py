@@ -1,0 +1,93 @@
+"""Sockets between hosts and to QEMU: dialled by the agent, handed to the enclave."""
+
+import asyncio
+import contextlib
+import socket
+from pathlib import Path
+
+from sealane.errors import HostError, PeerError
+from sealane.limits import (
+    TCP_KEEPALIVE_IDLE_S,
+    TCP_KEEPALIVE_INTERVAL_S,
+    TCP_KEEPALIVE_PROBES,
+    TCP_USER_TIMEOUT_MS,
+)
+
+_DIAL_TIMEOUT_S = 10.0
+
+
+def tune(connection: socket.socket) -> None:
+    """No delay for small records, and a vanished peer is noticed (RFC 9293 3.8.4, RFC 5482)."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, TCP_KEEPALIVE_IDLE_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, TCP_KEEPALIVE_INTERVAL_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, TCP_KEEPALIVE_PROBES)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, TCP_USER_TIMEOUT_MS)
+
+
+async def dial_peer(address: str, port: int) -> socket.socket:
+    """A TCP connection to a peer's agent; raises `peer.unreachable`."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(_DIAL_TIMEOUT_S):
+            found = await loop.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+            family, kind, protocol, _, where = found[0]
+            connection = socket.socket(family, kind, protocol)
+            try:
+                connection.setblocking(False)
+                await loop.sock_connect(connection, where)
+            except BaseException:
+                connection.close()
+                raise
+    except TimeoutError:
+        raise PeerError("peer.unreachable", f"{address} port {port}: no answer") from None
+    except OSError as error:
+        raise PeerError("peer.unreachable", f"{address} port {port}: {error.strerror or error}") from error
+    tune(connection)
+    return connection
+
+
+async def dial_vm(path: Path) -> socket.socket:
+    """A connection to the unix socket on which a destination's QEMU listens; raises `migration.destination-died`."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(connection, str(path))
+    except OSError as error:
+        connection.close()
+        raise HostError("migration.destination-died", f"QEMU does not listen: {error.strerror}") from error
+    return connection
+
+
+def listen_for_vm(path: Path, backlog: int) -> socket.socket:
+    """The unix socket that a source's QEMU will dial, for its user alone; raises `host.permission`."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(backlog)
+    except OSError as error:
+        listener.close()
+        raise HostError("host.permission", f"{path}: {error.strerror}") from error
+    return listener
+
+
+class SocketDirectory:
+    """A private directory for one migration's unix sockets, gone afterwards."""
+
+    def __init__(self, run: Path, migration: str) -> None:
+        self._path = run / "m" / migration[:12]
+
+    def __enter__(self) -> Path:
+        try:
+            self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise HostError("host.permission", f"{self._path}: {error.strerror}") from error
+        return self._path
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            for leftover in self._path.iterdir():
+                leftover.unlink()
+            self._path.rmdir()

@@ -1,0 +1,212 @@
+"""The agent's side of one enclave: it starts the process, hands it descriptors, and hears what it says.
+
+The agent sees counters and the agents' messages, never a key of a lane nor a byte of the VM.
+"""
+
+import asyncio
+import contextlib
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, TypeVar
+
+from sealane.enclave.interface import (
+    Abort,
+    CallSocket,
+    Counters,
+    Ecall,
+    Failed,
+    Finish,
+    LanesClosed,
+    LanesOpen,
+    Message,
+    Ocall,
+    PeerEstablished,
+    PeerFinished,
+    VmWanted,
+    socket_pair,
+)
+from sealane.errors import HostError, InternalError, PeerError, SealaneError, make_error
+from sealane.host.migration import messages
+
+T = TypeVar("T")
+_EXIT_WAIT_S: Final = 8.0
+_MESSAGES_WAITING_MAX: Final = 16
+
+
+class EnclaveProcess:
+    """One enclave; `wait` for what it must say, `abort` or `finish` it, and always `reap` it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, calls: CallSocket) -> None:
+        loop = asyncio.get_running_loop()
+        self._process, self._calls = process, calls
+        self.established: asyncio.Future[PeerEstablished] = loop.create_future()
+        self.lanes_open: asyncio.Future[LanesOpen] = loop.create_future()
+        self.lanes_closed: asyncio.Future[LanesClosed] = loop.create_future()
+        self.finished: asyncio.Future[None] = loop.create_future()
+        self.failed: asyncio.Future[SealaneError] = loop.create_future()
+        self.counters = Counters(0, 0)
+        self.on_vm_wanted: Callable[[int], None] = lambda lane: None
+        self._messages: asyncio.Queue[str] = asyncio.Queue(_MESSAGES_WAITING_MAX)
+        loop.add_reader(calls.fileno(), self._on_readable)
+
+    @classmethod
+    async def start(cls) -> "EnclaveProcess":
+        """Start a process that waits for Begin; its environment is empty, its descriptors are one socket and stderr."""
+        ours, theirs = socket_pair()
+        ours.setblocking(False)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-I",
+                "-m",
+                "sealane.enclave",
+                str(theirs.fileno()),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={"LANG": "C.UTF-8"},
+            )
+        except OSError as error:
+            ours.close()
+            raise HostError("enclave.died", f"the enclave could not be started: {error.strerror}") from error
+        finally:
+            theirs.close()
+        return cls(process, CallSocket(ours))
+
+    @property
+    def pid(self) -> int:
+        """The process."""
+        return self._process.pid
+
+    def call(self, call: Ecall, *sockets: socket.socket) -> None:
+        """Send an ecall; the sockets are the enclave's afterwards and closed here."""
+        try:
+            self._calls.send(call, [each.fileno() for each in sockets])
+        except BlockingIOError:
+            raise HostError("enclave.slow", "the enclave does not take calls") from None
+        except OSError as error:
+            raise HostError("enclave.died", f"the enclave is gone: {error.strerror}") from error
+        finally:
+            for each in sockets:
+                each.close()
+
+    async def wait(self, awaitable: Awaitable[T], timeout_s: float | None, code: str, what: str) -> T:
+        """The awaitable's result, unless the enclave fails first (its error) or the time passes (`code`)."""
+        task = asyncio.ensure_future(awaitable)
+        shared = isinstance(awaitable, asyncio.Future) and not isinstance(awaitable, asyncio.Task)
+        try:
+            both: set[asyncio.Future[Any]] = {task, self.failed}
+            done, _ = await asyncio.wait(both, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not task.done() and not shared:
+                task.cancel()
+        if task in done:
+            return task.result()
+        if self.failed in done:
+            raise self.failed.result()
+        raise make_error(code, f"no {what} within {timeout_s:.0f} s")
+
+    async def next_message(self, timeout_s: float | None, what: str) -> messages.Message:
+        """The peer's next message; raises `peer.slow`, `peer.message`, or the enclave's failure."""
+        return messages.parse_message(await self.wait(self._messages.get(), timeout_s, "peer.slow", what))
+
+    async def expect(self, kind: type[T], timeout_s: float | None) -> T:
+        """The peer's next message, which must be of this kind."""
+        message = await self.next_message(timeout_s, f"`{kind.__name__.lower()}` from the peer")
+        if not isinstance(message, kind):
+            raise PeerError("peer.message", f"`{message.kind}` came out of turn")
+        return message
+
+    def abort(self, error: SealaneError) -> None:
+        """End the lanes and the channel now, and tell the peer why; harmless when the enclave is gone."""
+        with contextlib.suppress(SealaneError):
+            self.call(Abort(error.code, error.detail))
+
+    def finish(self) -> None:
+        """Say goodbye in order; harmless when the enclave is gone."""
+        with contextlib.suppress(SealaneError):
+            self.call(Finish())
+
+    async def reap(self) -> None:
+        """Wait for the process's end, which `abort`, `finish` or a failure has begun; kill it if it does not come."""
+        try:
+            async with asyncio.timeout(_EXIT_WAIT_S):
+                await self._process.wait()
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+        finally:
+            self._stop_listening()
+
+    def kill(self) -> None:
+        """End the process at once."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    def _stop_listening(self) -> None:
+        if self._calls.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self._calls.fileno())
+            self._calls.close()
+
+    def _on_readable(self) -> None:
+        try:
+            received = self._calls.receive()
+        except BlockingIOError:
+            return
+        except (OSError, InternalError) as error:
+            received = None
+            self.fail(HostError("enclave.died", f"the enclave spoke nonsense: {error}"))
+        if received is None:
+            self._stop_listening()
+            self.fail(HostError("enclave.died"))
+            return
+        call, sockets = received
+        for each in sockets:  # an enclave has none to give
+            each.close()
+        self._heard(call)  # type: ignore[arg-type]
+
+    def _heard(self, call: Ocall) -> None:
+        match call:
+            case PeerEstablished():
+                _resolve(self.established, call)
+            case Message():
+                self._heard_message(call.payload)
+            case LanesOpen():
+                _resolve(self.lanes_open, call)
+            case VmWanted():
+                self.on_vm_wanted(call.lane)
+            case Counters():
+                self.counters = call
+            case LanesClosed():
+                self.counters = Counters(call.wire_bytes, call.plaintext_bytes)
+                _resolve(self.lanes_closed, call)
+            case PeerFinished():
+                _resolve(self.finished, None)
+            case Failed():
+                self.fail(make_error(call.code, call.detail))
+
+    def _heard_message(self, payload: str) -> None:
+        try:
+            self._messages.put_nowait(payload)
+        except asyncio.QueueFull:
+            self.fail(PeerError("peer.message", "too many messages at once"))
+
+    def fail(self, error: SealaneError) -> None:
+        """Let everybody who waits for the enclave hear this error; the first one counts."""
+        _resolve(self.failed, error)
+
+
+def _resolve(future: "asyncio.Future[T]", value: T) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
+    """Run to the end, however often the calling task is cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.shield(task)
+    return task.result()

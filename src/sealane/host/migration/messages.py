@@ -1,0 +1,99 @@
+"""What two agents say to each other, inside the enclaves' channel: one JSON object a message, checked field by field.
+
+    source                         destination
+    Prepare  ------------------->                 who the VM is; the destination checks, launches, listens
+             <-------------------  Prepared       how many channels it will be
+                  (lanes open, QEMU copies, both ends close the lanes)
+             <-------------------  Loaded         the whole stream opened, and QEMU has loaded it, paused
+    Ticket   ------------------->                 the source has journalled that it gives the VM up
+             <-------------------  Receipt        the destination has journalled that it owns the VM; the VM runs
+                                   TicketRefused  instead: the destination's copy is destroyed and never ran
+
+Anything that goes wrong before the ticket travels as the channel's own refusal.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from sealane.errors import PeerError
+from sealane.host.models import Name
+from sealane.limits import LANES_MAX
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Text = Annotated[str, Field(max_length=200)]
+Channels = Annotated[int, Field(ge=0, le=LANES_MAX - 2)]
+Version = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Prepare(_Message):
+    """The VM that wants to come; `multifd_channels` None leaves the number to the destination."""
+
+    kind: Literal["prepare"] = "prepare"
+    vm: Name
+    uuid: Text
+    qemu_version: Version
+    machine_type: Text
+    memory_bytes: Annotated[int, Field(gt=0)]
+    cpus: Annotated[int, Field(gt=0)]
+    capabilities: Annotated[list[Text], Field(max_length=100)]
+    multifd_channels: Channels | None
+    epoch: Annotated[int, Field(ge=0)]
+
+
+class Prepared(_Message):
+    """The destination's QEMU listens."""
+
+    kind: Literal["prepared"] = "prepared"
+    multifd_channels: Channels
+
+
+class Loaded(_Message):
+    """Everything came and was loaded; `digest` is the enclave's over all lanes."""
+
+    kind: Literal["loaded"] = "loaded"
+    digest: Digest
+
+
+class Ticket(_Message):
+    """The VM is the destination's from now on."""
+
+    kind: Literal["ticket"] = "ticket"
+    vm: Name
+    epoch: Annotated[int, Field(gt=0)]
+    digest: Digest
+
+
+class Receipt(_Message):
+    """The VM runs at the destination, since so many milliseconds."""
+
+    kind: Literal["receipt"] = "receipt"
+    vm: Name
+    epoch: Annotated[int, Field(gt=0)]
+    since_resume_ms: Annotated[float, Field(ge=0)]
+
+
+class TicketRefused(_Message):
+    """The destination did not take the VM; its copy never ran and is destroyed."""
+
+    kind: Literal["ticket-refused"] = "ticket-refused"
+    code: Text
+    detail: Annotated[str, Field(max_length=1000)]
+
+
+Message = Prepare | Prepared | Loaded | Ticket | Receipt | TicketRefused
+_ADAPTER: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
+
+
+def parse_message(payload: str) -> Message:
+    """Read a peer's words; raises PeerError `peer.message`."""
+    try:
+        return _ADAPTER.validate_json(payload)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PeerError("peer.message", f"a message does not fit: {where}: {first['msg']}") from None

@@ -1,0 +1,374 @@
+"""The source's job: check, open the lanes, let QEMU copy, hand over.
+
+    preparing        QEMU described, enclave up, peer known, destination's VM launched and compared, lanes open
+    copying          QEMU sends; the VM runs
+    switching-over   QEMU has paused the VM; the hook is asked; the rest goes over; the destination has loaded it
+    handing-over     `released` is journalled: the VM is no longer ours; ticket out, receipt in
+
+Up to the journalling of `released` every failure ends with the VM running here; after it, only the destination's word
+that its copy is destroyed brings the VM back.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from sealane.enclave.interface import Begin, OpenLanes, SendMessage
+from sealane.errors import ControlError, InDoubtError, InternalError, PeerError, SealaneError, make_error
+from sealane.host.jobs import Job
+from sealane.host.migration import messages
+from sealane.host.migration.checks import check_source
+from sealane.host.migration.context import LANE_CIPHER, MigrationContext
+from sealane.host.migration.dialling import SocketDirectory, dial_peer, listen_for_vm
+from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
+from sealane.host.models import Migration, MigrationRequest, Peer, Progress, Result, VmDefinition
+from sealane.host.problems import problem_of
+from sealane.hypervisor.driver import MigrationParameters, QmpEvent, VmDescription
+from sealane.hypervisor.qmp import EventStream, QmpMachine
+from sealane.limits import (
+    CHANNEL_ANSWER_TIMEOUT_S,
+    DEFAULT_PORT,
+    HANDSHAKE_TIMEOUT_S,
+    HOOK_TIMEOUT_S,
+    LANE_OPEN_TIMEOUT_S,
+    LAUNCH_TIMEOUT_S,
+    LOADED_TIMEOUT_S,
+)
+from sealane.session.handover import Handover, Input, Role
+
+T = TypeVar("T")
+PROGRESS_EVERY_S: Final = 0.25
+# How long the enclave or the peer may take to say why QEMU's migration failed.
+_REASON_WAIT_S: Final = 2.5
+_STOPPED_STATES: Final = frozenset({"postmigrate", "finish-migrate", "paused"})
+
+
+@dataclass
+class _Clockwork:
+    """Moments on the monotonic clock, in seconds."""
+
+    requested: float
+    copy_started: float | None = None
+    vm_stopped: float | None = None
+    receipt: float | None = None
+
+
+class SourceMigration(Job):
+    """One VM leaves this host."""
+
+    def __init__(
+        self,
+        context: MigrationContext,
+        request: MigrationRequest,
+        vm: VmDefinition,
+        peer: Peer,
+        migration: Migration,
+    ) -> None:
+        super().__init__(context.store, migration)
+        self._context, self._request, self._vm, self._peer = context, request, vm, peer
+        self._handover = Handover(Role.SOURCE)
+        self._times = _Clockwork(time.monotonic())
+        self._enclave: EnclaveProcess | None = None
+        self._qemu: QmpMachine | None = None
+        self._events: EventStream | None = None
+        self._ran_before = False
+
+    async def run(self) -> None:
+        """Carry the migration out; ends in completed, aborted or in-doubt whatever happens."""
+        try:
+            with SocketDirectory(self._context.paths.run, self.id) as directory:
+                async with QmpMachine.connect(self._vm.qmp) as self._qemu:
+                    self._events = self._qemu.events()
+                    try:
+                        await self._migrate(self._qemu, directory)
+                    except BaseException as error:
+                        await uninterrupted(self._give_up(error))
+        finally:
+            if self._enclave is not None:
+                await uninterrupted(self._enclave.reap())
+
+    # ---- the way there
+
+    async def _migrate(self, qemu: QmpMachine, directory: Path) -> None:
+        vm = await self._look(qemu)
+        enclave = await self._meet(qemu)
+        prepared = await self._prepare(enclave, vm)
+        await qemu.configure_migration(
+            MigrationParameters(
+                multifd_channels=prepared.multifd_channels,
+                max_bandwidth_bytes_per_s=self._request.max_bandwidth_bytes_per_s or 0,
+                downtime_limit_ms=self._request.downtime_limit_ms,
+            ),
+            incoming=False,
+        )
+        path = directory / "out.sock"
+        await self._open_lanes(enclave, path, 1 + prepared.multifd_channels)
+        self._step(Input.PREPARED, detail="the VM's memory goes over", multifd_channels=prepared.multifd_channels)
+        self._times.copy_started = time.monotonic()
+        await self._watch(qemu.migrate(f"unix:{path}"))
+        await self._copy(qemu)
+        await self._switch_over(qemu)
+        loaded = await self._wait_loaded(enclave, qemu)
+        await self._hand_over(enclave, qemu, loaded, vm)
+
+    async def _look(self, qemu: QmpMachine) -> VmDescription:
+        self.update(detail="looking at the VM")
+        vm = self.description = await qemu.describe()
+        if vm.run_state != "running":
+            raise ControlError("vm.not-running", f"QEMU says that the VM is {vm.run_state}")
+        if vm.migration_status in {"setup", "active", "pre-switchover", "device", "cancelling"}:
+            raise ControlError("vm.busy", "QEMU is in a migration that is not Sealane's")
+        self._ran_before = True
+        check_source(vm)
+        return vm
+
+    async def _meet(self, qemu: QmpMachine) -> EnclaveProcess:
+        if self._peer.address is None:
+            raise ControlError("trust.no-address", f"{self._peer.name} has no address")
+        self.update(detail=f"meeting {self._peer.name}")
+        connection = await dial_peer(self._peer.address, self._peer.port or DEFAULT_PORT)
+        try:
+            self._enclave = enclave = await EnclaveProcess.start()
+        except BaseException:
+            connection.close()
+            raise
+        identity = self._context.identity
+        enclave.call(
+            Begin(
+                role="source",
+                migration=self.id,
+                key_pem=identity.key_pem.decode(),
+                certificate_pem=identity.certificate_pem.decode(),
+                trusted={self._peer.fingerprint: self._peer.name},
+                protection=self.migration.protection,
+                now=self.clock().isoformat(),
+            ),
+            connection,
+        )
+        met = await self._watch(enclave.wait(enclave.established, HANDSHAKE_TIMEOUT_S, "peer.slow", "handshake"))
+        self.update(
+            detail=f"{met.peer_name} is who it should be",
+            tls_version=met.tls_version,
+            kex_group=met.kex_group,
+            cipher=LANE_CIPHER,
+        )
+        return enclave
+
+    async def _prepare(self, enclave: EnclaveProcess, vm: VmDescription) -> messages.Prepared:
+        prepare = messages.Prepare(
+            vm=self._vm.name,
+            uuid=vm.uuid,
+            qemu_version=vm.qemu_version,
+            machine_type=vm.machine_type,
+            memory_bytes=vm.memory_bytes,
+            cpus=vm.cpus,
+            capabilities=sorted(vm.capabilities),
+            multifd_channels=self._request.multifd_channels,
+            epoch=self.store.epoch(self._vm.name),
+        )
+        self.update(detail=f"{self._peer.name} prepares")
+        enclave.call(SendMessage(prepare.model_dump_json()))
+        limit = LAUNCH_TIMEOUT_S + CHANNEL_ANSWER_TIMEOUT_S
+        return await self._watch(enclave.expect(messages.Prepared, limit))
+
+    async def _open_lanes(self, enclave: EnclaveProcess, path: Path, count: int) -> None:
+        assert self._peer.address is not None  # noqa: S101 - checked in _meet
+        port = self._peer.port or DEFAULT_PORT
+        connections = []
+        listener = listen_for_vm(path, count)
+        try:
+            for _ in range(count):
+                connections.append(await dial_peer(self._peer.address, port))
+        except BaseException:
+            for each in (listener, *connections):
+                each.close()
+            raise
+        enclave.call(OpenLanes(), listener, *connections)
+        await self._watch(enclave.wait(enclave.lanes_open, LANE_OPEN_TIMEOUT_S, "peer.slow", "answer on the lanes"))
+
+    # ---- while QEMU copies
+
+    async def _copy(self, qemu: QmpMachine) -> None:
+        """Follow QEMU until it has paused the VM for the switch-over, telling the progress."""
+        waiting = asyncio.ensure_future(qemu.wait_migration({"pre-switchover"}))
+        try:
+            while not waiting.done():
+                await self._watch(asyncio.wait({waiting}, timeout=PROGRESS_EVERY_S))
+                if not waiting.done():
+                    await self._tell_progress(qemu)
+            await self._watch(waiting)
+        finally:
+            waiting.cancel()
+            with contextlib.suppress(asyncio.CancelledError, SealaneError):
+                await waiting
+
+    async def _tell_progress(self, qemu: QmpMachine) -> None:
+        status = await qemu.migration_status()
+        rate = status.rate_bytes_per_s
+        remaining = status.ram_remaining
+        self.update(
+            progress=Progress(
+                bytes_total=status.ram_total,
+                bytes_remaining=remaining,
+                bytes_transferred=status.ram_transferred,
+                bytes_wire=self._wire_bytes(),
+                rate_bytes_per_s=rate,
+                dirty_rate_bytes_per_s=status.dirty_rate_bytes_per_s,
+                iteration=status.iteration,
+                eta_s=remaining / rate if rate else None,
+            )
+        )
+
+    async def _switch_over(self, qemu: QmpMachine) -> None:
+        self._times.vm_stopped = self._moment_of("STOP")
+        self._step(Input.VM_STOPPED, detail="the VM is paused, the rest goes over")
+        if self._request.switchover_hook:
+            await self._watch(self._ask_hook(self._request.switchover_hook))
+        await self._watch(qemu.migrate_continue())
+        await self._watch(qemu.wait_migration({"completed"}, LOADED_TIMEOUT_S))
+
+    async def _ask_hook(self, command: list[str]) -> None:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+            )
+        except OSError as error:
+            raise make_error("migration.hook-failed", f"{command[0]}: {error.strerror}") from error
+        try:
+            async with asyncio.timeout(HOOK_TIMEOUT_S):
+                output, _ = await process.communicate()
+        except TimeoutError:
+            raise make_error("migration.hook-failed", f"no answer within {HOOK_TIMEOUT_S:.0f} s") from None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if process.returncode:
+            words = output.decode("utf-8", "replace").strip().splitlines()
+            raise make_error("migration.hook-failed", words[-1] if words else f"exit status {process.returncode}")
+
+    async def _wait_loaded(self, enclave: EnclaveProcess, qemu: QmpMachine) -> messages.Loaded:
+        closed = await self._watch(
+            enclave.wait(enclave.lanes_closed, LOADED_TIMEOUT_S, "peer.slow", "close of the lanes")
+        )
+        loaded = await self._watch(enclave.expect(messages.Loaded, LOADED_TIMEOUT_S))
+        if loaded.digest != closed.digest:
+            raise ControlError("handover.digest")
+        return loaded
+
+    # ---- the hand-over
+
+    async def _hand_over(
+        self, enclave: EnclaveProcess, qemu: QmpMachine, loaded: messages.Loaded, vm: VmDescription
+    ) -> None:
+        epoch = self.store.epoch(self._vm.name) + 1
+        self._step(Input.RELEASED, epoch=epoch, detail="handing over")
+        enclave.call(
+            SendMessage(messages.Ticket(vm=self._vm.name, epoch=epoch, digest=loaded.digest).model_dump_json())
+        )
+        answer = await enclave.next_message(LOADED_TIMEOUT_S, "receipt from the peer")
+        self._times.receipt = time.monotonic()
+        if isinstance(answer, messages.TicketRefused):
+            self._handover.step(Input.REFUSED)
+            raise make_error("handover.refused", f"{answer.code}: {answer.detail}")
+        if not isinstance(answer, messages.Receipt) or (answer.vm, answer.epoch) != (self._vm.name, epoch):
+            raise PeerError("peer.message", "something else came instead of the receipt")
+        enclave.finish()
+        self._handover.step(Input.RECEIPT)
+        self.journal(state="completed", runs_at="destination", detail="", result=self._result(answer))
+        try:
+            await qemu.quit()
+        except SealaneError as error:
+            self.log.warning("the paused copy did not end", code=error.code, detail=error.detail)
+        self.end()
+
+    def _result(self, receipt: messages.Receipt) -> Result:
+        times = self._times
+        assert times.receipt is not None  # noqa: S101 - the caller has it
+        downtime = None
+        if times.vm_stopped is not None:
+            downtime = max(0.0, (times.receipt - times.vm_stopped) * 1e3 - receipt.since_resume_ms)
+        copied = None if times.copy_started is None else (times.receipt - times.copy_started) * 1e3
+        return Result(
+            total_ms=(times.receipt - times.requested) * 1e3,
+            copy_ms=copied,
+            downtime_ms=downtime,
+            bytes_wire=self._wire_bytes(),
+        )
+
+    # ---- when it does not go on
+
+    async def _give_up(self, error: BaseException) -> None:
+        """Abort, or be in doubt: the VM runs here again, unless it may run there."""
+        reason = self._reason_of(error)
+        if self._handover.may_resume_here:
+            reason = await self._better_reason(reason)
+            if self._enclave is not None:
+                self._enclave.abort(reason)
+            runs_at = "source" if await self._take_back() else "nowhere"
+            self.end(state="aborted", runs_at=runs_at, problem=problem_of(reason))
+        else:
+            doubt = InDoubtError("handover.in-doubt", f"{self._peer.name} did not confirm: {reason.detail}")
+            if self._enclave is not None:
+                self._enclave.abort(doubt)
+            self._handover.step(Input.FAILED)
+            self.end(state="in-doubt", runs_at="in-doubt", problem=problem_of(doubt))
+        if not isinstance(error, (SealaneError, asyncio.CancelledError)):
+            self.log.error("unexpected error", exc_info=error)
+
+    def _reason_of(self, error: BaseException) -> SealaneError:
+        if isinstance(error, SealaneError):
+            return error
+        if isinstance(error, asyncio.CancelledError):
+            return ControlError("migration.cancelled")
+        return InternalError("internal.error", f"{type(error).__name__}: {error}")
+
+    async def _better_reason(self, reason: SealaneError) -> SealaneError:
+        """QEMU only sees its socket closed; the enclave, or the peer through it, knows why."""
+        if self._enclave is None or reason.code not in {"migration.qemu-failed", "vm.qmp"}:
+            return reason
+        await asyncio.wait({self._enclave.failed}, timeout=_REASON_WAIT_S)
+        return self._enclave.failed.result() if self._enclave.failed.done() else reason
+
+    async def _take_back(self) -> bool:
+        """Let the VM run here again, if it did before; False where its QEMU is gone."""
+        if self._qemu is None or not self._ran_before:
+            return self._qemu is not None and not self._qemu.is_closed
+        try:
+            await self._qemu.cancel_migration()
+            if await self._qemu.run_state() in _STOPPED_STATES:
+                await self._qemu.resume()
+        except SealaneError as error:
+            self.log.error("the VM could not be taken back", code=error.code, detail=error.detail)
+            return False
+        return True
+
+    # ---- small things
+
+    def _step(self, happened: Input, *, epoch: int | None = None, **changes: Any) -> None:
+        """Journal the state that follows, durably, then be in it."""
+        self.journal(state=self._handover.after(happened).value, epoch=epoch, **changes)
+        self._handover.step(happened)
+
+    async def _watch(self, awaitable: Coroutine[Any, Any, T] | asyncio.Future[T]) -> T:
+        """The awaitable's result, unless the enclave fails first."""
+        if self._enclave is None:
+            return await awaitable
+        return await self._enclave.wait(awaitable, None, "enclave.slow", "")
+
+    def _wire_bytes(self) -> int:
+        return self._enclave.counters.wire_bytes if self._enclave is not None else 0
+
+    def _moment_of(self, name: str) -> float:
+        """When QEMU said that this event happened, on our monotonic clock; now, where it did not say."""
+        arrived = self._events.taken() if self._events is not None else []
+        stamps = [event.timestamp_s for event in arrived if isinstance(event, QmpEvent) and event.name == name]
+        now = time.monotonic()
+        return now - max(0.0, time.time() - stamps[-1]) if stamps else now
