@@ -1,0 +1,176 @@
+"""Two simulated hosts with real agents that trust each other, and guests that can move between them."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Literal
+
+from sealane.cli.client import AgentClient
+from sealane.crypto.identity import Identity, create_identity, save_identity
+from sealane.errors import SealaneError
+from sealane.host.models import Migration, MigrationRequest, Peer, VmDefinition
+from sealane.testing.accel import Accel
+from sealane.testing.console import ConsoleLog
+from sealane.testing.hosts import BackgroundProcess, SimulatedHost, make_hosts
+from sealane.testing.machine import GuestMachine, Hardware, Workload
+from sealane.testing.problems import RigError
+from sealane.testing.qemu import QemuBinary, find_qemu
+
+_AGENT_START_S = 20.0
+
+
+@dataclass
+class AgentHost:
+    """A simulated host and its agent; `client` speaks to it over its own socket."""
+
+    host: SimulatedHost
+    identity: Identity
+    pin: str = ""
+    agent: BackgroundProcess | None = None
+
+    @property
+    def name(self) -> str:
+        """The host's name."""
+        return self.host.name
+
+    def start_agent(self) -> None:
+        """Start the agent and return when it answers."""
+        pinned = ["taskset", "-c", self.pin] if self.pin else []
+        listen = f"{self.host.address}:{self.host.port}"
+        self.agent = self.host.start(*pinned, sys.executable, "-m", "sealane.cli", "agent", "--listen", listen)
+        self.agent.wait_until(self._answers, "the agent's socket", timeout_s=_AGENT_START_S)
+
+    def _answers(self) -> bool:
+        try:
+            with self.client() as client:
+                client.host()
+        except SealaneError:
+            return False
+        return True
+
+    def client(self) -> AgentClient:
+        """A client of this host's agent."""
+        return AgentClient(self.host.paths.agent_socket)
+
+    def trust(self, peer: "AgentHost", *, address: str | None = None, port: int | None = None) -> None:
+        """Add a peer; another address than its own leads through a wiretap."""
+        with self.client() as client:
+            client.add_peer(
+                Peer(
+                    name=peer.name,
+                    fingerprint=peer.identity.fingerprint,
+                    address=address or peer.host.address,
+                    port=port or peer.host.port,
+                )
+            )
+
+
+@dataclass
+class Guest:
+    """One VM that lives on either host: a machine description for each, the same but for its directory."""
+
+    name: str
+    machines: dict[str, GuestMachine]
+    travelled: list[str] = field(default_factory=list)
+
+    @property
+    def console(self) -> ConsoleLog:
+        """What the guest said on all the hosts it lived on, in order (each host once)."""
+        return ConsoleLog(*(self.machines[host].console_path for host in self.travelled))
+
+
+@dataclass
+class HostPair:
+    """`a` and `b`, agents up, each trusting the other."""
+
+    a: AgentHost
+    b: AgentHost
+
+    def add_guest(
+        self,
+        name: str = "guest",
+        *,
+        hardware: Hardware = Hardware(),
+        workload: Workload = Workload(),
+        qemu: QemuBinary | None = None,
+        accel: Accel | None = None,
+        destination_hardware: Hardware | None = None,
+    ) -> Guest:
+        """Register the VM at both hosts; it runs nowhere yet."""
+        machines = {}
+        for end in (self.a, self.b):
+            different = destination_hardware if end is self.b and destination_hardware is not None else hardware
+            machine = GuestMachine(
+                end.host.scratch / name,
+                qemu=qemu or find_qemu(),
+                accel=accel,
+                hardware=different,
+                workload=workload,
+                name=name,
+                launcher=end.host.launcher,
+                environment=end.host.environment(),
+                pin=end.pin,
+            )
+            machines[end.name] = machine
+            with end.client() as client:
+                client.add_vm(VmDefinition(name=name, qmp=str(machine.qmp_path), launch_incoming=machine.command()))
+        return Guest(name, machines)
+
+    def start_guest(self, guest: Guest, at: AgentHost, *, warm: bool = True) -> None:
+        """Boot the guest (or wake it from a saved state) and wait until it works."""
+        machine = guest.machines[at.name]
+        if warm:
+            machine.start_warm()
+        else:
+            machine.start().wait_ready()
+        guest.travelled = [at.name]
+        machine.wait_ticks(1)
+
+    def migrate(self, guest: Guest, source: AgentHost, destination: AgentHost, **options: object) -> Migration:
+        """Move the guest and wait for the end, whatever it is."""
+        request = MigrationRequest.model_validate({"vm": guest.name, "host": destination.name, **options})
+        with source.client() as client:
+            last = client.start_migration(request)
+            for event in client.events(last.id):
+                last = event.migration
+        if last.state == "completed":
+            guest.travelled.append(destination.name)
+        return last
+
+    def await_end(self, end: AgentHost, migration: str, *, timeout_s: float = 20.0) -> Migration:
+        """How the migration ended as this host sees it."""
+        deadline = time.monotonic() + timeout_s
+        with end.client() as client:
+            while time.monotonic() < deadline:
+                found = client.migration(migration)
+                if found.ended_at is not None:
+                    return found
+                time.sleep(0.02)
+        raise RigError(f"migration {migration} has not ended on {end.name}")
+
+
+@contextmanager
+def make_pair(
+    *,
+    network: Literal["auto", "netns", "loopback"] = "auto",
+    names: Sequence[str] = ("host-a", "host-b"),
+    pins: Sequence[str] = ("", ""),
+    lifetime_days: Sequence[int] = (30, 30),
+) -> Iterator[HostPair]:
+    """Two hosts, agents up, trusting each other; everything goes away at the end."""
+    with ExitStack() as stack:
+        hosts = stack.enter_context(make_hosts(names, network=network))
+        ends = []
+        for host, pin, days in zip(hosts, pins, lifetime_days, strict=True):
+            identity = create_identity(host.name, now=datetime.now(UTC), lifetime_days=days)
+            save_identity(host.paths, identity)
+            end = AgentHost(host, identity, pin)
+            end.start_agent()
+            ends.append(end)
+        first, second = ends
+        first.trust(second)
+        second.trust(first)
+        yield HostPair(first, second)
