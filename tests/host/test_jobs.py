@@ -1,0 +1,163 @@
+"""Jobs: numbers, limits, events, ends."""
+
+import asyncio
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from sealane.errors import SealaneError, make_error
+from sealane.host.jobs import PROGRESS_WAITING_MAX, Jobs
+from sealane.host.models import Event, Migration, Progress
+from sealane.host.store import Store
+from tests.host.factories import NOW
+from tests.host.stand_ins import StandInJob
+
+
+def begin(jobs: Jobs, store: Store, vm: str = "web01", role: str = "source") -> StandInJob:
+    job = jobs.begin(lambda m: StandInJob(store, m, clock=lambda: NOW), vm=vm, role=role, peer="b", qmp="/q")  # type: ignore[arg-type]
+    return cast(StandInJob, job)
+
+
+async def finished(job: StandInJob) -> Migration:
+    assert job.task
+    await asyncio.wait_for(asyncio.wait([job.task]), 10)
+    await asyncio.sleep(0)  # the table forgets it in a callback
+    return job.migration
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "db")
+
+
+async def test_one_at_once_for_a_vm_and_so_many_in_all(store: Store) -> None:
+    jobs = Jobs(store, migrations_max=2)
+    first = begin(jobs, store)
+    assert (first.migration.number, store.unfinished()[0].qmp) == (1, "/q")
+    for vm, code in (("web01", "vm.busy"), ("c", None), ("d", "peer.busy")):
+        if code is None:
+            begin(jobs, store, vm)
+            continue
+        with pytest.raises(SealaneError) as raised:
+            begin(jobs, store, vm)
+        assert raised.value.code == code
+    assert [m.number for m in jobs.list(active=True)] == [2, 1]
+    first.steps.put_nowait(lambda: first.end(state="completed", runs_at="destination"))
+    first.steps.put_nowait(None)
+    assert (await finished(first)).state == "completed"
+    assert begin(jobs, store).migration.number == 3
+    await jobs.stop(0)
+    assert jobs.active_count == 0
+
+
+async def test_references(store: Store) -> None:
+    jobs = Jobs(store)
+    job = begin(jobs, store)
+    for reference in (job.id, "1", job.id[:8]):
+        assert jobs.find(reference).id == job.id
+    for unknown in ("2", "zz", ""):
+        with pytest.raises(SealaneError, match=r"migration\.unknown"):
+            jobs.find(unknown)
+    await jobs.stop(0)
+
+
+async def test_events_from_the_present_to_the_end(store: Store) -> None:
+    jobs = Jobs(store)
+    job = begin(jobs, store)
+    job.update(state="copying")
+    seen: list[Event] = []
+
+    async def watch() -> None:
+        async for event in jobs.events("1"):
+            seen.append(event)
+
+    slow = job.subscribe()
+    watching = asyncio.create_task(watch())
+    await asyncio.sleep(0)
+    for number in range(100):
+        job.update(progress=Progress(bytes_transferred=number))
+    job.update(state="switching-over")
+    job.steps.put_nowait(make_error("lane.cut", "gone"))
+    await finished(job)
+    await watching
+    late = [event.type async for event in jobs.events("1")]
+    assert late == ["state", "end"]
+    for events in (seen, [event async for event in slow]):
+        assert (events[0].type, events[0].migration.state) == ("state", "copying")
+        assert (events[-1].type, events[-1].migration.state) == ("end", "aborted")
+        assert [e.migration.state for e in events if e.type == "state"] == ["copying", "switching-over"]
+        progress = [e.migration.progress.bytes_transferred for e in events if e.type == "progress"]
+        assert progress == list(range(100 - PROGRESS_WAITING_MAX, 100))
+    assert job.migration.problem
+    assert job.migration.problem.code == "lane.cut"
+
+
+@pytest.mark.parametrize(
+    ("role", "state", "ends", "runs_at"),
+    [
+        ("source", "preparing", "aborted", "source"),
+        ("source", "switching-over", "aborted", "source"),
+        ("source", "handing-over", "in-doubt", "in-doubt"),
+        ("source", "completed", "completed", "destination"),
+        ("destination", "copying", "aborted", "source"),
+        ("destination", "handing-over", "completed", "destination"),
+    ],
+)
+@pytest.mark.parametrize("error", [make_error("lane.cut"), ValueError("a bug")])
+async def test_failures_end_where_the_table_says(
+    store: Store, role: str, state: str, ends: str, runs_at: str, error: Exception
+) -> None:
+    jobs = Jobs(store)
+    job = begin(jobs, store, role=role)
+    job.journal(state=state, runs_at=runs_at)
+    job.steps.put_nowait(error)
+    migration = await finished(job)
+    assert (migration.state, migration.runs_at) == (ends, runs_at)
+    assert store.migrations()[0].state == ends
+    if state != "completed":
+        assert migration.problem
+        assert migration.problem.code == ("internal.error" if isinstance(error, ValueError) else "lane.cut")
+        assert "a bug" not in migration.problem.detail
+    if ends == "in-doubt":
+        assert jobs.active_for("web01") == migration
+        with pytest.raises(SealaneError, match=r"vm\.busy"):
+            begin(jobs, store)
+
+
+async def test_cancelling(store: Store) -> None:
+    jobs = Jobs(store)
+    job = begin(jobs, store)
+    await asyncio.sleep(0)
+    assert jobs.cancel("1").state == "preparing"
+    migration = await finished(job)
+    assert (migration.state, migration.problem and migration.problem.code) == ("aborted", "migration.cancelled")
+    with pytest.raises(SealaneError, match=r"migration\.over"):
+        jobs.cancel("1")
+    job = begin(jobs, store)
+    job.journal(state="handing-over")
+    with pytest.raises(SealaneError, match=r"migration\.too-late"):
+        jobs.cancel("2")
+    job.steps.put_nowait(lambda: job.end(state="completed", runs_at="destination"))
+    job.steps.put_nowait(None)
+    await finished(job)
+
+
+async def test_a_cancel_before_the_first_step_still_ends(store: Store) -> None:
+    jobs = Jobs(store)
+    job = begin(jobs, store)
+    job.cancel()
+    assert (await finished(job)).state == "aborted"
+    assert job.ended.is_set()
+    assert jobs.active_for("web01") is None
+
+
+async def test_stopping_waits_then_cancels(store: Store) -> None:
+    jobs = Jobs(store)
+    quick, endless = begin(jobs, store, "a"), begin(jobs, store, "b")
+    quick.steps.put_nowait(lambda: quick.end(state="completed", runs_at="destination"))
+    quick.steps.put_nowait(None)
+    await jobs.stop(0.2)
+    assert (quick.migration.state, endless.migration.state) == ("completed", "aborted")
+    with pytest.raises(SealaneError, match=r"agent\.stopping"):
+        begin(jobs, store, "c")

@@ -1,0 +1,129 @@
+"""What a new agent does with each unfinished migration, with real QEMUs and a real journal."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from sealane.host.jobs import Jobs
+from sealane.host.recovery import Recovery
+from sealane.host.store import Store
+from sealane.hypervisor.driver import MigrationParameters
+from sealane.hypervisor.launch import LaunchedMachine, launch_incoming, start_time_ticks
+from sealane.hypervisor.qmp import QmpMachine
+from tests.host.factories import migration
+from tests.hypervisor.machines import command, running, skip_without_qemu
+
+pytestmark = pytest.mark.e2e
+QEMU = skip_without_qemu()[-1]
+
+
+@contextlib.asynccontextmanager
+async def stopped_by_migration(tmp_path: Path, *, completed: bool) -> AsyncIterator[None]:
+    """A source QEMU whose agent vanished in the switch-over, or after QEMU had sent everything."""
+    async with (
+        running(command(QEMU, tmp_path / "s"), tmp_path / "s") as source,
+        running(command(QEMU, tmp_path / "d", "-incoming", "defer"), tmp_path / "d") as destination,
+    ):
+        await destination.configure_migration(MigrationParameters(), incoming=True)
+        await source.configure_migration(MigrationParameters(), incoming=False)
+        await destination.migrate_incoming(f"unix:{tmp_path / 'm'}")
+        await source.migrate(f"unix:{tmp_path / 'm'}")
+        await source.wait_migration({"pre-switchover"}, 60)
+        if completed:
+            await source.migrate_continue()
+            await source.wait_migration({"completed"}, 60)
+        await source.aclose()
+        yield
+
+
+async def recovered(store: Store, qmp: Path) -> tuple[Jobs, Recovery]:
+    jobs = Jobs(store)
+    recovery = Recovery(store, jobs, lambda _vm: str(qmp), qmp_timeout_s=5)
+    await recovery.recover()
+    return jobs, recovery
+
+
+async def run_state(path: Path) -> str:
+    async with QmpMachine.connect(str(path), 10) as machine:
+        return await machine.run_state()
+
+
+@pytest.mark.parametrize("completed", [False, True])
+@pytest.mark.parametrize(
+    ("state", "ends", "runs"),
+    [
+        ("copying", "aborted", True),
+        ("switching-over", "aborted", True),
+        ("handing-over", "in-doubt", False),
+        ("in-doubt", "in-doubt", False),
+    ],
+)
+async def test_source(tmp_path: Path, completed: bool, state: str, ends: str, runs: bool) -> None:
+    with Store(tmp_path / "db") as store:
+        store.journal(migration(1, state=state), qmp=str(tmp_path / "s"))
+        async with stopped_by_migration(tmp_path, completed=completed):
+            jobs, _ = await recovered(store, tmp_path / "s")
+            assert await run_state(tmp_path / "s") in ({"running"} if runs else {"finish-migrate", "postmigrate"})
+        after = store.migrations()[0]
+        assert (after.state, after.runs_at) == (ends, "source" if runs else "in-doubt")
+        assert after.problem
+        assert after.problem.code == ("agent.restarted" if runs else "handover.in-doubt")
+        assert (jobs.active_for("web01") is None) == runs
+        assert (after.ended_at is not None) == runs
+
+
+@pytest.mark.parametrize(("state", "expected"), [("copying", "paused"), ("switching-over", "running")])
+async def test_a_paused_source_is_resumed_only_if_we_paused_it(tmp_path: Path, state: str, expected: str) -> None:
+    with Store(tmp_path / "db") as store:
+        store.journal(migration(1, state=state), qmp=str(tmp_path / "s"))
+        async with running(command(QEMU, tmp_path / "s"), tmp_path / "s") as source:
+            await source.stop()
+            await source.aclose()
+            await recovered(store, tmp_path / "s")
+            assert await run_state(tmp_path / "s") == expected
+
+
+async def test_a_source_that_hangs_stays_open_and_one_that_is_gone_does_not(tmp_path: Path) -> None:
+    with Store(tmp_path / "db") as store:
+        store.journal(migration(1, state="copying"), qmp=str(tmp_path / "s"))
+        async with running(command(QEMU, tmp_path / "s", "-S"), tmp_path / "s"):  # its one client is taken
+            jobs = Jobs(store)
+            recovery = Recovery(store, jobs, lambda _vm: None, qmp_timeout_s=0.2)
+            await recovery.recover()
+            assert not recovery.is_done
+            assert jobs.active_for("web01")
+        await recovery.recover()
+        assert recovery.is_done
+        assert (store.migrations()[0].state, store.migrations()[0].runs_at) == ("aborted", "nowhere")
+
+
+@pytest.mark.parametrize("state", ["preparing", "copying", "switching-over"])
+@pytest.mark.parametrize("journalled", [True, False])
+async def test_destination_before_the_ticket_is_destroyed(tmp_path: Path, state: str, journalled: bool) -> None:
+    path = tmp_path / "d"
+    machine = await launch_incoming(command(QEMU, path), str(path), tmp_path / "log", 30)
+    with Store(tmp_path / "db") as store:
+        launched = machine if journalled else None
+        store.journal(migration(1, role="destination", state=state), qmp=str(path), launched=launched)
+        await recovered(store, path)
+        assert start_time_ticks(machine.pid) is None
+        assert not path.exists()
+        assert (store.migrations()[0].state, store.migrations()[0].runs_at) == ("aborted", "source")
+
+
+async def test_destination_with_the_ticket_runs(tmp_path: Path) -> None:
+    path = tmp_path / "d"
+    with Store(tmp_path / "db") as store:
+        store.journal(
+            migration(1, role="destination", state="handing-over"), qmp=str(path), launched=LaunchedMachine(1, 1)
+        )
+        async with running(command(QEMU, path, "-S"), path) as machine:
+            await machine.aclose()
+            await recovered(store, path)
+            assert await run_state(path) == "running"
+        assert (store.migrations()[0].state, store.migrations()[0].runs_at) == ("completed", "destination")
+        store.journal(migration(2, role="destination", state="handing-over"), qmp=str(path))
+        await recovered(store, path)
+        assert (store.migrations()[0].state, store.migrations()[0].runs_at) == ("completed", "nowhere")
