@@ -20,6 +20,8 @@ from sealane.testing.problems import RigError
 from sealane.testing.qemu import QemuBinary, find_qemu
 
 _AGENT_START_S = 20.0
+_HARDWARE = Hardware()
+_WORKLOAD = Workload()
 
 
 @dataclass
@@ -93,8 +95,8 @@ class HostPair:
         self,
         name: str = "guest",
         *,
-        hardware: Hardware = Hardware(),
-        workload: Workload = Workload(),
+        hardware: Hardware = _HARDWARE,
+        workload: Workload = _WORKLOAD,
         qemu: QemuBinary | None = None,
         accel: Accel | None = None,
         destination_hardware: Hardware | None = None,
