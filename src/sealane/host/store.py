@@ -38,6 +38,7 @@ CREATE INDEX migrations_unfinished ON migrations (number) WHERE state NOT IN ('c
 """
 
 HISTORY_LIMIT: Final = 200
+ID_BEGINNING_MIN: Final = 8
 _ARGV: Final = TypeAdapter(list[str])
 
 
@@ -226,10 +227,15 @@ class Store:
         return [entry.migration for entry in self._entries(clause, vm, limit)]
 
     def find(self, reference: str) -> list[JournalEntry]:
-        """Migrations of that id, that number, or (only without those) that beginning of an id; two at most."""
+        """Migrations of that id, that number, or (only without those) that beginning of an id; two at most.
+
+        A beginning needs eight digits, so that a mistyped number never finds a migration by chance.
+        """
         exact = self._entries("WHERE id = ?1 OR CAST(number AS TEXT) = ?1", reference)
         if exact:
             return exact
+        if len(reference) < ID_BEGINNING_MIN:
+            return []
         return self._entries("WHERE substr(id, 1, length(?1)) = ?1 ORDER BY number LIMIT 2", reference)
 
     def _entries(self, clause: str, *values: object) -> list[JournalEntry]:
