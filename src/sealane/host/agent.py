@@ -35,7 +35,7 @@ from sealane.paths import Paths
 RECOVERY_INTERVAL_S: Final = 5.0
 # How long open REST requests may take once the migrations have ended.
 API_GRACE_S: Final = 2
-ROOT_OF_TRUST: Final = "none"
+ROOT_OF_TRUST: Final = "software key (identity only)"  # no evidence is given yet; the command line says the same
 
 
 class Listener(Protocol):
