@@ -19,7 +19,18 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from sealane.errors import SealaneError, make_error
-from sealane.host.models import Event, Host, Migration, MigrationRequest, Peer, Problem, Progress, Result, Vm, VmDefinition
+from sealane.host.models import (
+    Event,
+    Host,
+    Migration,
+    MigrationRequest,
+    Peer,
+    Problem,
+    Progress,
+    Result,
+    Vm,
+    VmDefinition,
+)
 
 # What a script may hold beside events: wait until a cancel was asked for; break the stream off; vanish altogether.
 Step = Event | Literal["wait-cancel", "cut", "die", "pause"]
@@ -104,8 +115,12 @@ class StandIn:
     def __init__(self) -> None:
         self.run = Path(tempfile.mkdtemp(prefix="sealane-"))
         self.path = self.run / "agent.sock"
-        self.vms: dict[str, Vm] = {"web01": Vm(name="web01", qmp="/run/web01.qmp", state="running", memory_bytes=4 << 30)}
-        self.peers: dict[str, Peer] = {"host-b": Peer(name="host-b", fingerprint=FINGERPRINT, address="192.0.2.7", port=48217)}
+        self.vms: dict[str, Vm] = {
+            "web01": Vm(name="web01", qmp="/run/web01.qmp", state="running", memory_bytes=4 << 30)
+        }
+        self.peers: dict[str, Peer] = {
+            "host-b": Peer(name="host-b", fingerprint=FINGERPRINT, address="192.0.2.7", port=48217)
+        }
         self.script: list[Step] = list(SUCCESS)
         self.latest = migration()
         self.remembered: list[Migration] = []
@@ -155,9 +170,14 @@ class StandIn:
     async def _host(self, _: Request) -> Response:
         return _json(
             Host(
-                name="host-a", version="0.1.0", fingerprint=FINGERPRINT, not_after=datetime.now(UTC), listen="[::]:48217",
-                root_of_trust="software", migrations_active=0,
-            )  # fmt: skip
+                name="host-a",
+                version="0.1.0",
+                fingerprint=FINGERPRINT,
+                not_after=datetime.now(UTC),
+                listen="[::]:48217",
+                root_of_trust="software",
+                migrations_active=0,
+            )
         )
 
     async def _list_vms(self, _: Request) -> Response:
@@ -206,11 +226,21 @@ class StandIn:
         return _json(self.latest, status=202)
 
     async def _list_migrations(self, request: Request) -> Response:
-        chosen = [one for one in self.remembered if one.state not in {"completed", "aborted"}]
-        return _json(chosen if request.query_params.get("active") == "true" else self.remembered)
+        query = request.query_params
+        active = query.get("active") == "true"
+        chosen = [
+            one
+            for one in sorted(self.remembered, key=lambda one: -one.number)
+            if query.get("vm") in {None, one.vm} and not (active and one.state in {"completed", "aborted"})
+        ]
+        return _json(chosen)
 
-    async def _show_migration(self, _: Request) -> Response:
-        return _json(self.latest)
+    async def _show_migration(self, request: Request) -> Response:
+        known = [*self.remembered, self.latest]
+        for one in reversed(known):
+            if request.path_params["id"] in {one.id, str(one.number)}:
+                return _json(self.latest if one.id == self.latest.id else one)
+        raise make_error("migration.unknown")
 
     async def _cancel(self, _: Request) -> Response:
         self.cancels += 1
@@ -250,10 +280,8 @@ class StandIn:
 
 
 def _json(value: BaseModel | Sequence[BaseModel], *, status: int = 200) -> Response:
-    if isinstance(value, BaseModel):
-        text = value.model_dump_json()
-    else:
-        text = "[" + ",".join(one.model_dump_json() for one in value) + "]"
+    several = [] if isinstance(value, BaseModel) else [one.model_dump_json() for one in value]
+    text = value.model_dump_json() if isinstance(value, BaseModel) else f"[{','.join(several)}]"
     return Response(text, status_code=status, media_type="application/json")
 
 

@@ -54,7 +54,16 @@ def test_quiet_success_is_silent(agent: StandIn, run: Run) -> None:
 
 
 def test_options_reach_the_agent(agent: StandIn, run: Run) -> None:
-    options = ("--multifd", "4", "--max-bandwidth", "10Gb/s", "--downtime-limit", "50", "--switchover-hook", "sync 'a b'")
+    options = (
+        "--multifd",
+        "4",
+        "--max-bandwidth",
+        "10Gb/s",
+        "--downtime-limit",
+        "50",
+        "--switchover-hook",
+        "sync 'a b'",
+    )
     assert run("migrate", "web01", "host-b", *options).exit_code == 0
     (request,) = agent.requests
     assert request.multifd_channels == 4
@@ -281,3 +290,19 @@ def test_terminal_without_colour(agent: StandIn) -> None:
     assert "\x1b[31m" not in shown
 
 
+@pytest.mark.parametrize(
+    ("code", "place"), [("vm.unreachable", "web01 does not answer here"), ("vm.not-running", "web01 was not touched")]
+)
+def test_never_says_that_a_vm_runs_which_nobody_could_ask(agent: StandIn, run: Run, code: str, place: str) -> None:
+    agent.script = [failed(code, progress=Progress())]
+    result = run("migrate", "web01", "host-b")
+    assert first_line(result.stderr).startswith(f"✗ refused before anything moved; {place}")
+    assert "still runs" not in result.output
+
+
+def test_answer_that_does_not_fit_is_no_success(agent: StandIn, run: Run) -> None:
+    odd = agent.vms["web01"].model_copy(update={"state": "bogus"})
+    agent.vms["web01"] = odd
+    result = run("vm", "list")
+    assert result.exit_code == 70
+    assert "same version" in result.stderr

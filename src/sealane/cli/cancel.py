@@ -17,7 +17,8 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False)
 @command
 def cancel(
     which: Annotated[
-        str, typer.Argument(metavar="VM|ID", help="The VM, or the migration's number or id.", autocompletion=moving_names)
+        str,
+        typer.Argument(metavar="VM|ID", help="The VM, or the migration's number or id.", autocompletion=moving_names),
     ],
     *,
     out: Output,

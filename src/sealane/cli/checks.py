@@ -187,7 +187,9 @@ def check_agent(context: Context) -> Iterator[Finding]:
     problem = probes.port_holder(settings.listen, settings.port)
     if problem is None:
         held = agent is None
-        yield Finding("port", "ok", f"{shown} is free" if held else f"{shown} is free; the agent is at {agent_at(agent)}")
+        yield Finding(
+            "port", "ok", f"{shown} is free" if held else f"{shown} is free; the agent is at {agent_at(agent)}"
+        )
     elif agent is not None and agent.listen.rpartition(":")[2] == str(settings.port):
         yield Finding("port", "ok", f"{shown} is held by our agent")
     else:
@@ -222,7 +224,9 @@ def _directory(name: str, path: Path, *, needed: bool) -> Finding:
     except FileNotFoundError:
         told = f"{path} is not there yet"
         if needed and not os.access(_nearest(path), os.W_OK):
-            return Finding(name, "broken", f"{told} and cannot be made by this user", make_error("host.permission").mend)
+            return Finding(
+                name, "broken", f"{told} and cannot be made by this user", make_error("host.permission").mend
+            )
         return Finding(name, "ok", told)
     except OSError as error:
         return Finding(name, "broken", f"{path}: {error.strerror}", make_error("host.permission").mend)
@@ -255,7 +259,9 @@ def check_identity(context: Context) -> Iterator[Finding]:
         mend = f"chmod 600 {context.paths.identity_key}"
         yield Finding("identity", "broken", f"others can read the key ({mode:04o})", mend)
     elif now < identity.not_before:
-        yield Finding("identity", "broken", f"not valid before {identity.not_before:%Y-%m-%d %H:%M} UTC", "set the clock")
+        yield Finding(
+            "identity", "broken", f"not valid before {identity.not_before:%Y-%m-%d %H:%M} UTC", "set the clock"
+        )
     elif days < 0:
         yield Finding("identity", "broken", f"expired on {identity.not_after:%Y-%m-%d}", renew)
     elif days < _IDENTITY_WARNING_DAYS:
@@ -278,7 +284,9 @@ def check_clock(context: Context) -> Iterator[Finding]:
     """Whether the time can be true: certificates depend on it."""
     newest = Path(__file__).stat().st_mtime
     if time.time() < newest - 86_400:
-        yield Finding("clock", "broken", f"it says {datetime.now(UTC):%Y-%m-%d}, before Sealane was installed", "set it")
+        yield Finding(
+            "clock", "broken", f"it says {datetime.now(UTC):%Y-%m-%d}, before Sealane was installed", "set it"
+        )
         return
     synchronised = probes.clock_is_synchronised()
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"

@@ -20,9 +20,7 @@ def host_names(incomplete: str) -> list[str]:
 
 def moving_names(incomplete: str) -> list[str]:
     """The VMs that are being migrated."""
-    return _matching(
-        incomplete, lambda: [one.vm for one in AgentClient(timeout_s=_PATIENCE_S).migrations(active=True)]
-    )
+    return _matching(incomplete, lambda: [one.vm for one in AgentClient(timeout_s=_PATIENCE_S).migrations(active=True)])
 
 
 def _matching(incomplete: str, ask: Callable[[], list[str]]) -> list[str]:

@@ -91,4 +91,6 @@ def _show(identity: Identity, out: Output, *, made: bool) -> None:
     left = (identity.not_after - now).total_seconds()
     if left <= 0:
         out.line("! it has expired: make a new one with `sealane init --renew`")
-    out.detail(f"valid      {identity.not_before:%Y-%m-%d} to {identity.not_after:%Y-%m-%d}, {words.duration(left)} left")
+    out.detail(
+        f"valid      {identity.not_before:%Y-%m-%d} to {identity.not_after:%Y-%m-%d}, {words.duration(left)} left"
+    )

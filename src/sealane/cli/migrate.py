@@ -42,17 +42,22 @@ def migrate(  # noqa: PLR0913 - one parameter for each option
     ] = None,
     no_multifd: Annotated[bool, typer.Option("--no-multifd", help="One lane for everything.")] = False,
     max_bandwidth: Annotated[
-        str | None, typer.Option("--max-bandwidth", metavar="RATE", help="Such as 10Gb/s or 1.2GB/s [default: no bound].")
+        str | None,
+        typer.Option("--max-bandwidth", metavar="RATE", help="Such as 10Gb/s or 1.2GB/s [default: no bound]."),
     ] = None,
     downtime_limit: Annotated[
         int | None,
-        typer.Option("--downtime-limit", metavar="MS", min=1, max=2_000_000, help="Milliseconds the VM may stand still."),
+        typer.Option(
+            "--downtime-limit", metavar="MS", min=1, max=2_000_000, help="Milliseconds the VM may stand still."
+        ),
     ] = None,
     switchover_hook: Annotated[
         str | None,
         typer.Option("--switchover-hook", metavar="CMD", help="Run when the VM is paused; its failure stops the move."),
     ] = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Return when the agent has begun; see `sealane status`.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return when the agent has begun; see `sealane status`.")
+    ] = False,
     out: Output,
 ) -> None:
     """Move a running VM to another host.
@@ -94,7 +99,9 @@ def run(agent: AgentClient, request: MigrationRequest, out: Output, *, detach: b
     out.detail(f"migration {migration.number} ({migration.id})")
     if detach:
         out.object({"type": "state", "migration": migration.model_dump(mode="json")})
-        out.line(f"migration {migration.number} of {migration.vm} to {migration.peer} goes on: sealane status {migration.vm}")
+        out.line(
+            f"migration {migration.number} of {migration.vm} to {migration.peer} goes on: sealane status {migration.vm}"
+        )
         return 0
     with make_screen(out) as screen:
         return Follower(agent, migration, screen, out).follow()
@@ -252,5 +259,3 @@ def _hook(text: str) -> list[str]:
     if not parts:
         raise UsageError("usage.argument", "the hook is empty")
     return parts
-
-

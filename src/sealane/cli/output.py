@@ -93,7 +93,9 @@ def print_error(
             value["headline"] = headline
         print(json.dumps(value, ensure_ascii=False, separators=(",", ":")), flush=True)
         return
-    print(paint(failure_text(error, headline=headline, width=_width(sys.stderr)), sys.stderr), file=sys.stderr, flush=True)
+    print(
+        paint(failure_text(error, headline=headline, width=_width(sys.stderr)), sys.stderr), file=sys.stderr, flush=True
+    )
 
 
 def failure_text(error: SealaneError, *, headline: str | None = None, width: int = _CODE_COLUMN) -> str:
@@ -119,8 +121,19 @@ def is_terminal(stream: TextIO) -> bool:
         return False
 
 
+def harmless(text: str) -> str:
+    """The text without characters that could steer a terminal: peers and QEMU have their words in details.
+
+    Control characters (but line feed and tab) and the marks that turn the direction of writing become U+FFFD.
+    """
+    return "".join(
+        "\ufffd" if unicodedata.category(char) in {"Cc", "Cf"} and char not in "\n\t" else char for char in text
+    )
+
+
 def paint(text: str, stream: TextIO) -> str:
-    """Colour the mark that a line opens with, on a terminal and without NO_COLOR."""
+    """Make harmless, and colour the mark that a line opens with, on a terminal and without NO_COLOR."""
+    text = harmless(text)
     style = _MARK_STYLES.get(text[:1])
     if style is None or text[1:2] != " " or not is_terminal(stream) or os.environ.get("NO_COLOR"):
         return text

@@ -10,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sealane.cli.output import Output
+from sealane.cli.output import Output, harmless
 from sealane.cli.words import STAGES, channel_parts, copied, headline, progress_parts, success_parts
 from sealane.host.models import Migration
 
@@ -101,7 +101,7 @@ class LiveScreen(Screen):
         if self._live is None:
             self.out.line(text)
         else:
-            self._live.console.print(Text(text))
+            self._live.console.print(Text(harmless(text)))
 
     def stop(self) -> None:
         """Leave the bar as it was last drawn."""

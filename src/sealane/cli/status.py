@@ -10,7 +10,7 @@ from sealane.cli.client import AgentClient
 from sealane.cli.completion import vm_names
 from sealane.cli.output import Output, command
 from sealane.cli.words import ENDED, channel_parts, headline, outcome, progress_parts, success_parts, where
-from sealane.errors import ControlError
+from sealane.errors import ControlError, SealaneError
 from sealane.host.models import Migration
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -60,18 +60,15 @@ def find_migration(agent: AgentClient, which: str, *, active: bool) -> Migration
 
 
 def _chosen(agent: AgentClient, which: str) -> list[Migration]:
-    """The migrations of a VM, oldest first, or the one of that id or number."""
-    if re.fullmatch(r"[0-9a-f]{32}", which):
-        return [agent.migration(which)]
-    every = sorted(agent.migrations(), key=lambda one: one.number)
-    of_vm = [one for one in every if one.vm == which]
+    """The migrations of a VM, oldest first, or the one of that number, id or beginning of an id."""
+    of_vm = agent.migrations(vm=which)
     if of_vm:
-        return of_vm
-    if which.isdigit():
-        numbered = [one for one in every if one.number == int(which)]
-        if numbered:
-            return numbered
-        raise ControlError("migration.unknown", f"no migration {which} is remembered here")
+        return sorted(of_vm, key=lambda one: one.number)
+    try:
+        return [agent.migration(which)]
+    except SealaneError as error:
+        if error.code != "migration.unknown" or re.fullmatch(r"[0-9]+|[0-9a-f]{32}", which):
+            raise
     agent.vm(which)  # raises vm.unknown
     return []
 
@@ -121,6 +118,8 @@ def _row(migration: Migration) -> list[str]:
         place: str = migration.runs_at
     else:
         place = "here" if migration.runs_at == migration.role else f"on {migration.peer}"
+    if migration.problem is not None and migration.problem.code == "vm.unreachable" and place == "here":
+        place = "no answer"
     return [
         str(migration.number),
         migration.vm,

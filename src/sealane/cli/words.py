@@ -39,6 +39,16 @@ def copied(migration: Migration) -> int | None:
     return words.percent(progress.bytes_total - progress.bytes_remaining, progress.bytes_total)
 
 
+def _place_after(migration: Migration) -> str:
+    """Where the VM is after a failure; where QEMU itself does not answer, nobody can say that it runs."""
+    code = None if migration.problem is None else migration.problem.code
+    if migration.role == "source" and migration.runs_at == "source" and code == "vm.unreachable":
+        return f"{migration.vm} does not answer here"
+    if migration.role == "source" and migration.runs_at == "source" and code == "vm.not-running":
+        return f"{migration.vm} was not touched"
+    return where(migration)
+
+
 def headline(migration: Migration) -> str:
     """The first line of how a migration that did not succeed ended."""
     if migration.state == "in-doubt" or migration.runs_at == "in-doubt":
@@ -52,7 +62,7 @@ def headline(migration: Migration) -> str:
         how = verb
     else:
         how = f"{verb} at {done} %"
-    return f"{how}; {where(migration)}"
+    return f"{how}; {_place_after(migration)}"
 
 
 def outcome(migration: Migration) -> str:
