@@ -13,6 +13,7 @@ import pytest
 
 import sealane
 from sealane.cli import migrate as migrate_command
+from sealane.cli.screen import fitting
 from sealane.errors import CATALOGUE, family_of, make_error
 from sealane.host.models import Progress
 from tests.cli.conftest import Run, Spawn
@@ -306,3 +307,34 @@ def test_answer_that_does_not_fit_is_no_success(agent: StandIn, run: Run) -> Non
     result = run("vm", "list")
     assert result.exit_code == 70
     assert "same version" in result.stderr
+
+
+def test_json_refusal_is_one_object(agent: StandIn, run: Run) -> None:
+    agent.refusal = make_error("vm.busy")
+    (line,) = run("migrate", "web01", "host-b", "--json").stdout.splitlines()
+    assert json.loads(line)["code"] == "vm.busy"
+    assert "web01 still runs here" in json.loads(line)["headline"]
+
+
+def test_narrow_terminals_lose_the_least_figures_first() -> None:
+    moving = copying().migration
+    assert fitting(moving, 200).split("   ")[2] == "2.9 GB sent"
+    for width in (80, 60, 40, 20):
+        text = fitting(moving, width)
+        assert len(text) <= width
+        assert text.startswith("71 %")
+        assert text.endswith("3 s left")
+
+
+def test_leaving_while_in_doubt_says_in_doubt(agent: StandIn, spawn: Spawn) -> None:
+    agent.cancel_refusal = make_error("migration.too-late")
+    agent.script = [copying(), state("in-doubt", runs_at="in-doubt"), "wait-cancel", completed()]
+    process = spawn("migrate", "web01", "host-b")
+    wait_for_line(process, "? in doubt")
+    process.send_signal(signal.SIGINT)
+    wait_for_line(process, "not cancelled")
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 7
+    assert first_line(err).startswith("? in doubt: web01 is paused here and may run on host-b")

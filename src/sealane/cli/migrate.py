@@ -96,6 +96,9 @@ def run(agent: AgentClient, request: MigrationRequest, out: Output, *, detach: b
     except SealaneError as error:
         out.error(error, headline=_refusal(agent, request.vm, error), more={"vm": request.vm, "host": request.host})
         return error.exit_status
+    except KeyboardInterrupt:
+        out.note(f"? interrupted while the agent was asked; whether it began is told by: sealane status {request.vm}")
+        return _INTERRUPTED
     out.detail(f"migration {migration.number} ({migration.id})")
     if detach:
         out.object({"type": "state", "migration": migration.model_dump(mode="json")})
@@ -156,8 +159,10 @@ class Follower:
         if self.cancel_asked:
             return self._detach()
         self.cancel_asked = True
-        self.screen.say(f"cancelling; waiting for where {self.latest.vm} runs (Ctrl-C again leaves it to the agent)")
         try:
+            self.screen.say(
+                f"cancelling; waiting for where {self.latest.vm} runs (Ctrl-C again leaves it to the agent)"
+            )
             self.agent.cancel(self.latest.id)
         except KeyboardInterrupt:
             return self._detach()
@@ -166,6 +171,8 @@ class Follower:
         return None
 
     def _detach(self) -> int:
+        if self.latest.runs_at == "in-doubt":
+            return self._finish()
         self.screen.stop()
         migration = self.latest
         self.out.object({"type": "detached", "migration": migration.model_dump(mode="json")})

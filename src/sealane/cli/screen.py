@@ -11,13 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from sealane.cli.output import Output, harmless
-from sealane.cli.words import STAGES, channel_parts, copied, headline, progress_parts, success_parts
+from sealane.cli.words import STAGES, channel_parts, copied, headline, progress_figures, progress_parts, success_parts
 from sealane.host.models import Migration
 
 # On a pipe: often enough to see that it goes on, seldom enough for a log.
 PLAIN_INTERVAL_S: Final = 5.0
 _LABEL_WIDTH: Final = 10
 _BAR_WIDTH: Final = 30
+_WIDE: Final = 110  # columns from which the whole bar has room beside the figures
 
 
 class Screen:
@@ -41,7 +42,7 @@ class Screen:
         """Take in the migration's present state."""
         entered = migration.state != self._state
         self._state = migration.state
-        if channel_parts(migration) and not self._channel_shown:
+        if channel_parts(migration) and migration.state != "preparing" and not self._channel_shown:
             self._channel_shown = True
             self.say(labelled("channel", " · ".join([migration.protection, *channel_parts(migration)])))
         if migration.state == "in-doubt":
@@ -88,9 +89,9 @@ class LiveScreen(Screen):
         if migration.state == "copying":
             self._copy = migration
             if self._live is None:
-                self._live = Live(copy_row(migration), console=self._console, refresh_per_second=8, transient=False)
+                self._live = Live(console=self._console, refresh_per_second=8, transient=False)
                 self._live.start()
-            self._live.update(copy_row(migration))
+            self._live.update(copy_row(migration, self._console.width))
             return
         if entered:
             self.stop()
@@ -145,13 +146,24 @@ def stage_line(migration: Migration) -> str:
     return labelled(label, migration.detail or default[migration.state])
 
 
-def copy_row(migration: Migration) -> Table:
-    """The copy as a bar and its figures, in as many columns as the terminal has."""
+def copy_row(migration: Migration, width: int) -> Table:
+    """The copy as a bar and its figures, as many of them as `width` columns hold."""
     done = copied(migration)
+    bar_width = _BAR_WIDTH if width >= _WIDE else _BAR_WIDTH // 3
     row = Table.grid(padding=(0, 1), expand=False)
     row.add_column(width=_LABEL_WIDTH)
-    row.add_column(width=_BAR_WIDTH)
+    row.add_column(width=bar_width)
     row.add_column(overflow="ellipsis", no_wrap=True)
-    bar = ProgressBar(total=100, completed=done or 0, width=_BAR_WIDTH, pulse=done is None)
-    row.add_row("copy", bar, "   ".join(progress_parts(migration)))
+    bar = ProgressBar(total=100, completed=done or 0, width=bar_width, pulse=done is None)
+    row.add_row("copy", bar, fitting(migration, width - _LABEL_WIDTH - bar_width - 3))
     return row
+
+
+def fitting(migration: Migration, width: int) -> str:
+    """The figures that fit, in their order; those that say least go first."""
+    figures = progress_figures(migration)
+    for least in ("", "sent", "copied", "iteration", "dirty", "rate"):
+        figures.pop(least, None)
+        if len(text := "   ".join(figures.values())) <= width:
+            break
+    return text

@@ -85,26 +85,29 @@ def reason(problem: Problem) -> str:
     return f"{problem.detail} ({problem.code})"
 
 
-def progress_parts(migration: Migration) -> list[str]:
+def progress_figures(migration: Migration) -> dict[str, str]:
     """The copy's figures, those that are known: share, bytes, rate, iteration, dirty rate, what is left."""
     progress = migration.progress
     done = copied(migration)
-    parts = [] if done is None else [f"{done} %"]
     sent = progress.bytes_wire or progress.bytes_transferred
-    if progress.bytes_total:
-        copied_bytes = max(0, progress.bytes_total - progress.bytes_remaining)
-        parts.append(f"{words.memory_bytes(copied_bytes)} of {words.memory_bytes(progress.bytes_total)}")
-    if sent:
-        parts.append(f"{words.network_bytes(sent)} sent")
-    if progress.rate_bytes_per_s is not None:
-        parts.append(words.rate(progress.rate_bytes_per_s))
-    if progress.iteration:
-        parts.append(f"iteration {progress.iteration}")
-    if progress.dirty_rate_bytes_per_s is not None:
-        parts.append(f"dirty {words.rate(progress.dirty_rate_bytes_per_s)}")
-    if progress.eta_s is not None:
-        parts.append(f"{words.duration(progress.eta_s)} left")
-    return parts
+    copied_bytes = max(0, progress.bytes_total - progress.bytes_remaining)
+    rate, dirty, left = progress.rate_bytes_per_s, progress.dirty_rate_bytes_per_s, progress.eta_s
+    total = words.memory_bytes(progress.bytes_total)
+    figures = {
+        "share": None if done is None else f"{done} %",
+        "copied": f"{words.memory_bytes(copied_bytes)} of {total}" if progress.bytes_total else None,
+        "sent": f"{words.network_bytes(sent)} sent" if sent else None,
+        "rate": None if rate is None else words.rate(rate),
+        "iteration": f"iteration {progress.iteration}" if progress.iteration else None,
+        "dirty": None if dirty is None else f"dirty {words.rate(dirty)}",
+        "left": None if left is None else f"{words.duration(left)} left",
+    }
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def progress_parts(migration: Migration) -> list[str]:
+    """The figures of `progress_figures`, in their order."""
+    return list(progress_figures(migration).values())
 
 
 def channel_parts(migration: Migration) -> list[str]:
