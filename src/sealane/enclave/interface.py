@@ -127,11 +127,16 @@ class Counters:
 
 @dataclass(frozen=True)
 class LanesClosed:
-    """Every lane was closed by both ends; `digest` covers every record of both directions (SHA-256, hexadecimal)."""
+    """Every lane was closed by both ends; `digest` covers every record of both directions (SHA-256, hexadecimal).
+
+    `cpu_s` is what this process has used so far (getrusage(2)), `peak_rss_bytes` the most memory it held.
+    """
 
     digest: str
     wire_bytes: int
     plaintext_bytes: int
+    cpu_s: float = 0.0
+    peak_rss_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ Ocall: TypeAlias = PeerEstablished | Message | LanesOpen | VmWanted | Counters |
 Call: TypeAlias = Ecall | Ocall
 
 _BY_NAME: Final[dict[str, type[Any]]] = {cls.__name__: cls for cls in (*get_args(Ecall), *get_args(Ocall))}
-_PLAIN: Final[dict[Any, type[Any]]] = {str: str, int: int, bool: bool}
+_PLAIN: Final[dict[Any, type[Any]]] = {str: str, int: int, bool: bool, float: float}
 
 
 def encode_call(call: Call) -> bytes:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import queue
+import resource
 import selectors
 import socket
 import time
@@ -287,7 +288,13 @@ class Enclave:
                 case lanes.Closed():
                     self._closed.add(event.lane)
                     if len(self._closed) == self._expected:
-                        self._tell(LanesClosed(self._digest(), *self._count()))
+                        self._tell(self._summary())
+
+    def _summary(self) -> LanesClosed:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        return LanesClosed(
+            self._digest(), *self._count(), cpu_s=used.ru_utime + used.ru_stime, peak_rss_bytes=used.ru_maxrss * 1024
+        )
 
     def _digest(self) -> str:
         return hashlib.sha256(b"".join(self._lanes[index].digests for index in sorted(self._lanes))).hexdigest()

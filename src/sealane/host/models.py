@@ -107,12 +107,15 @@ class Progress(Model):
 
 class Result(Model):
     """What a migration took: `total_ms` from the request to the receipt, `copy_ms` from QEMU's `migrate` to the receipt,
-    `downtime_ms` from the guest's stop at the source to its resumption at the destination, as the source sees both."""
+    `downtime_ms` from the guest's stop at the source to its resumption at the destination, as the source sees both; the
+    enclave's figures are those of this end."""
 
     total_ms: float
     copy_ms: float | None = None
     downtime_ms: float | None = None
     bytes_wire: int = 0
+    enclave_cpu_s: float | None = None
+    enclave_peak_rss_bytes: int | None = None
 
 
 class Migration(Model):

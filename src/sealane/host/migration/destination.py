@@ -282,7 +282,11 @@ class DestinationMigration(Job):
         receipt = messages.Receipt(vm=ticket.vm, epoch=ticket.epoch, since_resume_ms=since)
         self._enclave.call(SendMessage(receipt.model_dump_json()))
         self._handover.step(Input.RECEIPT)
-        result = Result(total_ms=(time.monotonic() - self._begun) * 1e3, bytes_wire=self._enclave.counters.wire_bytes)
+        result = Result(
+            total_ms=(time.monotonic() - self._begun) * 1e3,
+            bytes_wire=self._enclave.counters.wire_bytes,
+            **self._enclave.costs(),
+        )
         self.end(state="completed", runs_at="destination", detail="", result=result)
         last_words: set[asyncio.Future[Any]] = {self._enclave.finished, self._enclave.failed}
         await asyncio.wait(last_words, timeout=_GOODBYE_WAIT_S, return_when=asyncio.FIRST_COMPLETED)

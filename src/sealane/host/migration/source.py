@@ -301,6 +301,7 @@ class SourceMigration(Job):
             copy_ms=copied,
             downtime_ms=downtime,
             bytes_wire=self._wire_bytes(),
+            **self._enclave.costs() if self._enclave is not None else {},
         )
 
     # ---- when it does not go on

@@ -1,0 +1,22 @@
+"""`python -m sealane.bench NAME …`: run one bench; `--help` after the name tells its options."""
+
+import importlib
+import sys
+from typing import Final
+
+BENCHES: Final = {"migrate": "one guest moved by QEMU plain, QEMU TLS and Sealane, single-stream and multifd"}
+
+
+def main() -> int:
+    """Run the bench that is named."""
+    if len(sys.argv) < 2 or sys.argv[1] not in BENCHES:
+        print("usage: ./run bench NAME [options]\n")
+        for name, what in BENCHES.items():
+            print(f"  {name:10} {what}")
+        return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2
+    status: int = importlib.import_module(f"sealane.bench.{sys.argv[1]}").main(sys.argv[2:])
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
