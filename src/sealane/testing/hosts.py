@@ -146,10 +146,17 @@ class SimulatedHost:
         return started
 
     def processes(self) -> list[int]:
-        """All processes of this host, by its run directory in their environment or by its network namespace."""
+        """All processes of this host, by its run directory in their environment or by its network namespace.
+
+        The one that only holds the namespace does not count: while it lives, the namespace's identity is not given anew.
+        """
         marker = f"{RUN_VARIABLE}={self.paths.run}".encode()
-        network = os.readlink(self.namespace) if self.namespace and self.namespace.exists() else None
-        return [pid for pid in _pids() if _belongs(pid, marker, network)]
+        holder, network = None, None
+        if self.namespace is not None:
+            holder = int(self.namespace.parts[2])
+            with suppress(OSError):
+                network = os.readlink(self.namespace)
+        return [pid for pid in _pids() if pid != holder and _belongs(pid, marker, network)]
 
     def close(self) -> None:
         """Ends every process of this host, also those that its processes started and left behind."""

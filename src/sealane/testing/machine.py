@@ -157,7 +157,7 @@ class GuestMachine:
         ]
 
     def start(self, *extra: str) -> "GuestMachine":
-        """Starts QEMU (with `extra` words after its command line) and returns when its monitors listen."""
+        """Starts QEMU (with `extra` words after its command line) and returns when it answers."""
         if self.is_running:
             raise RigError(f"{self.name} runs already")
         for path in (self.qmp_path, self.observer_path, self.console_path):
@@ -172,6 +172,8 @@ class GuestMachine:
                 env=None if self.environment is None else dict(self.environment),
             )
         self._wait(self._monitors_listen, "its monitors", 20.0)
+        # a command is answered only when QEMU's main loop runs, and by then it listens for a migration too
+        self.observe().close()
         return self
 
     def _monitors_listen(self) -> bool:

@@ -263,21 +263,24 @@ class Wiretap:
         name = listener.getsockname()
         self._address = (name[0], name[1])
         self._started.set()
-        accepting = asyncio.create_task(self._accept(listener))
+        relays: dict[asyncio.Task[None], socket.socket] = {}
+        self._loop.add_reader(listener, self._accept, listener, relays)
         await self._stop.wait()
-        accepting.cancel()
-        relays = asyncio.all_tasks() - {asyncio.current_task()}
+        self._loop.remove_reader(listener)
         for task in relays:
             task.cancel()
         await asyncio.gather(*relays, return_exceptions=True)
+        # a relay that was cancelled before its first step has closed nothing
+        for near in relays.values():
+            near.close()
 
-    async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        async with asyncio.TaskGroup() as relays:
-            while True:
-                near, _ = await loop.sock_accept(listener)
-                relays.create_task(self._relay(self.connections, near))
-                self.connections += 1
+    def _accept(self, listener: socket.socket, relays: dict[asyncio.Task[None], socket.socket]) -> None:
+        with suppress(BlockingIOError):
+            near, _ = listener.accept()
+            for task in [task for task in relays if task.done()]:
+                del relays[task]
+            relays[asyncio.create_task(self._relay(self.connections, near))] = near
+            self.connections += 1
 
     async def _relay(self, index: int, near: socket.socket) -> None:
         far = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
