@@ -1,16 +1,19 @@
 """Two simulated hosts with real agents that trust each other, and guests that can move between them."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal
 
 from sealane.cli.client import AgentClient
 from sealane.crypto.identity import Identity, create_identity, save_identity
 from sealane.errors import SealaneError
+from sealane.host.config import AGENT_FILE
 from sealane.host.models import Migration, MigrationRequest, Peer, VmDefinition
 from sealane.testing.accel import Accel
 from sealane.testing.console import ConsoleLog
@@ -53,6 +56,22 @@ class AgentHost:
             return False
         return True
 
+    def descriptors(self) -> int:
+        """How many descriptors the agent has open."""
+        return len(os.listdir(f"/proc/{self._running().process.pid}/fd"))
+
+    def processes(self) -> set[int]:
+        """Everything that runs on this host, children of the agent included whatever their environment says."""
+        agent = self._running().process.pid
+        found = {*self.host.processes(), agent}
+        tasks = Path(f"/proc/{agent}/task").glob("*/children")
+        return found | {int(pid) for each in tasks for pid in each.read_text().split()}
+
+    def _running(self) -> BackgroundProcess:
+        if self.agent is None:
+            raise RigError(f"no agent was started on {self.name}")
+        return self.agent
+
     def client(self) -> AgentClient:
         """A client of this host's agent."""
         return AgentClient(self.host.paths.agent_socket)
@@ -78,10 +97,31 @@ class Guest:
     machines: dict[str, GuestMachine]
     travelled: list[str] = field(default_factory=list)
 
+    _kept: list[Path] = field(default_factory=list)
+
     @property
     def console(self) -> ConsoleLog:
-        """What the guest said on all the hosts it lived on, in order (each host once)."""
-        return ConsoleLog(*(self.machines[host].console_path for host in self.travelled))
+        """What the guest said on all the hosts it lived on, in order."""
+        return ConsoleLog(
+            *self._kept, *(self.machines[host].console_path for host in self.travelled[len(self._kept) :])
+        )
+
+    def moved_to(self, host: str) -> None:
+        """Note that the guest runs there now; what it said before is put aside, should it come back."""
+        path = self.machines[self.travelled[-1]].console_path
+        kept = path.with_name(f"console-{len(self._kept)}.log")
+        path.rename(kept)
+        self._kept.append(kept)
+        self.travelled.append(host)
+
+    def wait_ticks(self, count: int, *, timeout_s: float = 20.0) -> None:
+        """Wait for `count` more ticks, wherever the guest runs; RigError where they do not come."""
+        console = self.console
+        wanted, deadline = len(console.ticks) + count, time.monotonic() + timeout_s
+        while len(console.ticks) < wanted:
+            if time.monotonic() > deadline:
+                raise RigError(f"{self.name} stands still after tick {console.last_tick}")
+            time.sleep(0.02)
 
 
 @dataclass
@@ -139,7 +179,7 @@ class HostPair:
             for event in client.events(last.id):
                 last = event.migration
         if last.state == "completed":
-            guest.travelled.append(destination.name)
+            guest.moved_to(destination.name)
         return last
 
     def await_end(self, end: AgentHost, migration: str, *, timeout_s: float = 20.0) -> Migration:
@@ -161,14 +201,20 @@ def make_pair(
     names: Sequence[str] = ("host-a", "host-b"),
     pins: Sequence[str] = ("", ""),
     lifetime_days: Sequence[int] = (30, 30),
+    born: Sequence[datetime | None] = (None, None),
+    settings: str = "",
 ) -> Iterator[HostPair]:
-    """Two hosts, agents up, trusting each other; everything goes away at the end."""
+    """Two hosts, agents up, trusting each other; everything goes away at the end.
+
+    `born` are the moments at which the identities were made (now), `settings` both agents' `agent.toml`.
+    """
     with ExitStack() as stack:
         hosts = stack.enter_context(make_hosts(names, network=network))
         ends = []
-        for host, pin, days in zip(hosts, pins, lifetime_days, strict=True):
-            identity = create_identity(host.name, now=datetime.now(UTC), lifetime_days=days)
+        for host, pin, days, moment in zip(hosts, pins, lifetime_days, born, strict=True):
+            identity = create_identity(host.name, now=moment or datetime.now(UTC), lifetime_days=days)
             save_identity(host.paths, identity)
+            (host.paths.config / AGENT_FILE).write_text(settings)
             end = AgentHost(host, identity, pin)
             end.start_agent()
             ends.append(end)

@@ -1,0 +1,24 @@
+"""One pair of agents and one warm guest for each module; what kills an agent starts it again."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.rig import Rig, make_rig
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    with make_rig() as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def _show_agents(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Print what the agents said, which pytest shows where a test fails."""
+    yield
+    if "rig" in request.fixturenames:
+        rig: Rig = request.getfixturevalue("rig")
+        for end in (rig.pair.a, rig.pair.b):
+            if end.agent:
+                print(f"--- {end.name}\n{end.agent.output[-3000:]}")
