@@ -95,7 +95,8 @@ def test_a_plain_migration_keeps_the_count_and_the_memory(scratch: Path, machine
         destination.start_incoming(f"unix:{socket}")
         answer = migrate_plainly(source, destination, f"unix:{socket}")
         assert answer["status"] == "completed"
-        destination.wait_for("pages ok")
+        destination.wait_ticks(2 * workload.check_all)  # at least one check of all pages begins after the migration
+        assert destination.console.checks >= 1
         console = ConsoleLog(source.console_path, destination.console_path)
         assert console.is_contiguous
         assert console.last_tick > source.console.last_tick > 0
