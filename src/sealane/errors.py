@@ -156,6 +156,11 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         "migration.hook-failed": Entry("the switch-over hook said no", "see the hook's own output"),
         "enclave.died": Entry("the enclave process ended", "see the agent's log", True),
         "enclave.slow": Entry("the enclave process did not answer in time", _RETRY, True),
+        "demo.prerequisite": Entry(
+            "the demonstration lacks something on this machine",
+            "run `./run setup` (or `python -m sealane.testing setup`), which fetches what is missing",
+        ),
+        "demo.failed": Entry("a check of the demonstration did not hold", "run it again with -v, and please report it"),
     },
     ControlError: {
         "agent.unreachable": Entry(

@@ -30,18 +30,30 @@ LIMIT_S = 90
 class Demo:
     """A running `sealane demo`; all that it starts carries a mark in its environment."""
 
-    process: "subprocess.Popen[str]"
+    process: "subprocess.Popen[bytes]"
     mark: bytes
     said: str = ""
 
     def wait_for(self, text: str) -> None:
-        assert self.process.stdout is not None
         deadline = time.monotonic() + LIMIT_S
         while text not in self.said:
-            assert select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0], self.said
-            line = self.process.stdout.readline()
-            assert line, self.said
-            self.said += line
+            assert self._read(deadline - time.monotonic()), self.said
+
+    def wait(self, timeout_s: float) -> int:
+        """Its exit status, when it has said everything."""
+        deadline = time.monotonic() + timeout_s
+        while self._read(deadline - time.monotonic()):
+            pass
+        return self.process.wait(max(1.0, deadline - time.monotonic()))
+
+    def _read(self, timeout_s: float) -> str:
+        """What it says next; nothing at its end, and where it stays silent. Unbuffered, or select(2) would miss it."""
+        assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], max(0.0, timeout_s))[0]:
+            return ""
+        text = os.read(self.process.stdout.fileno(), 65_536).decode(errors="replace")
+        self.said += text
+        return text
 
     def environments(self) -> Iterator[bytes]:
         """Of every process that it started and that is alive, itself among them."""
@@ -74,8 +86,6 @@ def start() -> Iterator[Start]:
             env={**os.environ, name: value},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
-            bufsize=1,
         )
         started.append(Demo(process, mark.encode()))
         return started[-1]
@@ -92,8 +102,7 @@ def test_the_demonstration_holds(start: Start, network: str, tmp_path: Path) -> 
     demo = start("--network", network, "--json", str(file), "--multifd", "2")
     demo.wait_for("run        host-a#")
     directories = demo.directories()
-    said = demo.process.communicate(timeout=LIMIT_S)[0]
-    assert demo.process.returncode == 0, said
+    assert demo.wait(LIMIT_S) == 0, demo.said
     report = json.loads(file.read_text())
     assert report["status"] == "ok"
     assert report["network"] == network
@@ -108,7 +117,7 @@ def test_the_demonstration_holds(start: Start, network: str, tmp_path: Path) -> 
     assert report["accel"] in {"kvm", "tcg"}
     assert 0 < report["downtime_ms"] < report["total_ms"]
     assert report["captured_bytes"] >= report["bytes_wire"] > 0
-    assert "\x1b" not in said
+    assert "\x1b" not in demo.said
     assert_clean(demo, directories)
 
 
@@ -121,10 +130,9 @@ def test_interrupted_it_leaves_nothing(start: Start, network: str, stage: str, t
     directories = demo.directories()
     assert len(directories) == 1
     demo.process.send_signal(signal.SIGINT)
-    said = demo.process.communicate(timeout=30)[0]
-    assert demo.process.returncode == 130, said
-    assert "interrupted" in said
-    assert "Traceback" not in said
+    assert demo.wait(30) == 130, demo.said
+    assert "interrupted" in demo.said
+    assert "Traceback" not in demo.said
     assert json.loads(file.read_text())["status"] == "failed"
     assert_clean(demo, directories)
 

@@ -43,7 +43,10 @@ def choose_accel(requested: Literal["auto", "kvm", "tcg"], qemu: "QemuBinary") -
         return Accel("tcg", f"{_KVM} does not open: {error.strerror}")
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     key = sha256(f"{boot} {qemu.path} {qemu.version} {os.getuid()}".encode()).hexdigest()[:20]
-    directory = build_once(f"accel-{key}", lambda made: _remember(made, _trial(qemu)))
+    try:
+        directory = build_once(f"accel-{key}", lambda made: _remember(made, _trial(qemu)))
+    except PermissionError:  # a cache that another user has prepared: tried anew each time
+        return _trial(qemu)
     return Accel(**json.loads((directory / "accel.json").read_text()))
 
 
