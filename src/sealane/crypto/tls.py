@@ -5,6 +5,7 @@ peer's certificate chain is not asked: certificates are self-signed, and who the
 which the caller must check before it trusts a word. OpenSSL does check that the peer holds the certificate's key.
 """
 
+import contextlib
 from datetime import datetime
 from typing import Final, Literal
 
@@ -22,7 +23,8 @@ Side = Literal["client", "server"]
 PREFERRED_GROUP: Final = "X25519MLKEM768"
 _CIPHERS: Final = b"TLS_AES_256_GCM_SHA384"
 _READ_BYTES: Final = 64 * 1024
-_VERSION_REASONS: Final = ("unsupported protocol", "protocol version", "wrong version number", "version too low")
+# Not "wrong version number": that is what OpenSSL says of bytes that are no TLS at all.
+_VERSION_REASONS: Final = ("unsupported protocol", "protocol version", "version too low")
 
 
 class TlsConnection:
@@ -62,15 +64,19 @@ class TlsConnection:
         return self._read()
 
     def send(self, plaintext: bytes) -> None:
-        """Queue plaintext; take the wire's bytes with `bytes_to_send`."""
+        """Queue plaintext; take the wire's bytes with `bytes_to_send`. Raises `peer.tls` on a connection that has failed."""
         if not self.established:
             raise InternalError("internal.error", "plaintext before the handshake's end")
-        self._connection.sendall(plaintext)
+        try:
+            self._connection.sendall(plaintext)
+        except SSL.Error as error:
+            raise _tls_error(error) from error
 
     def close(self) -> None:
-        """Queue the authenticated end (close_notify)."""
+        """Queue the authenticated end (close_notify); nothing on a connection that has failed."""
         if self.established:
-            self._connection.shutdown()
+            with contextlib.suppress(SSL.Error):
+                self._connection.shutdown()
 
     def bytes_to_send(self) -> bytes:
         """Everything that waits for the wire."""
@@ -156,7 +162,7 @@ def _tls_error(error: SSL.Error) -> PeerError:
     words = ", ".join(reason for reason in reasons if reason) or "no reason given"
     if any(known in words.lower() for known in _VERSION_REASONS):
         return PeerError("peer.tls-version", f"the peer does not speak TLS 1.3 ({words})")
-    return PeerError("peer.tls", f"the TLS handshake failed ({words})")
+    return PeerError("peer.tls", f"TLS failed ({words})")
 
 
 def library_version() -> str:

@@ -205,6 +205,8 @@ class CallSocket:
     def receive(self) -> tuple[Call, list[socket.socket]] | None:
         """The next call and the sockets beside it; None where the other process is gone."""
         packet, descriptors, flags, _ = socket.recv_fds(self.connection, ECALL_MESSAGE_MAX, LANES_MAX + 1)
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)  # recv_fds does not pass MSG_CMSG_CLOEXEC on
         sockets = [socket.socket(fileno=descriptor) for descriptor in descriptors]
         if not packet:
             return None

@@ -1,0 +1,241 @@
+"""Two enclave processes, the agents' ends of their call sockets, and a network that the test holds in its hands."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+from sealane.crypto.identity import Identity
+from sealane.enclave.interface import (
+    AcceptLane,
+    AttachVm,
+    Begin,
+    CallSocket,
+    Ecall,
+    ExpectLanes,
+    Failed,
+    LanesOpen,
+    Ocall,
+    OpenLanes,
+    PeerEstablished,
+    VmWanted,
+    socket_pair,
+)
+from sealane.session.preface import PREFACE_BYTES, ConnectionKind, Preface, parse_preface
+from tests.session.rig import DESTINATION, MIGRATION, NOW, SOURCE
+
+T = TypeVar("T", bound=Ocall)
+# A hung enclave fails a test after this; nothing waits so long when all is well.
+PATIENCE_S: Final = 20.0
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a connection over loopback: who dialled, who accepted."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        dialled = socket.create_connection(listener.getsockname())
+        accepted, _ = listener.accept()
+    for end in (dialled, accepted):
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        end.settimeout(PATIENCE_S)
+    return dialled, accepted
+
+
+def receive_exactly(connection: socket.socket, count: int) -> bytes:
+    """So many bytes."""
+    data = b""
+    while len(data) < count:
+        piece = connection.recv(count - len(data))
+        assert piece, f"the connection ended after {len(data)} of {count} bytes"
+        data += piece
+    return data
+
+
+def open_descriptors() -> set[str]:
+    """What this process holds open."""
+    links = []
+    for entry in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            links.append(f"{entry} {os.readlink(f'/proc/self/fd/{entry}')}")
+    return {link for link in links if "/proc/" not in link}
+
+
+class Enclave:
+    """A real enclave process and the agent's end of its call socket."""
+
+    def __init__(self, identity: Identity) -> None:
+        mine, theirs = socket_pair()
+        mine.settimeout(PATIENCE_S)
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-m", "sealane.enclave", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stderr=subprocess.PIPE,
+                env={"LANG": "C.UTF-8"},
+            )
+        self.identity = identity
+        self.calls = CallSocket(mine)
+        self.heard: list[Ocall] = []
+
+    def call(self, call: Ecall, *sockets: socket.socket) -> None:
+        """An ecall; the sockets are the enclave's alone afterwards."""
+        self.calls.send(call, [each.fileno() for each in sockets])
+        for each in sockets:
+            each.close()
+
+    def until(self, kind: type[T]) -> T:
+        """The next ocall of this kind; fails the test where the enclave fails or ends before."""
+        while True:
+            received = self.calls.receive()
+            assert received is not None, f"ended before {kind.__name__}; heard {self.heard}"
+            call, sockets = received
+            assert sockets == []
+            self.heard.append(call)  # type: ignore[arg-type]
+            if isinstance(call, kind):
+                return call
+            assert not isinstance(call, Failed), call
+
+    def ends(self) -> tuple[int, str]:
+        """Wait for the process's end: its exit status, and what it wrote to stderr."""
+        _, stderr = self.process.communicate(timeout=PATIENCE_S)
+        return self.process.returncode, stderr.decode()
+
+    def close(self) -> None:
+        """Nothing is left, whatever happened."""
+        self.calls.close()
+        self.process.kill()
+        self.process.communicate()
+
+
+Between = Callable[[socket.socket, socket.socket], None]
+
+
+@dataclass
+class Pair:
+    """A source's and a destination's enclave."""
+
+    source: Enclave
+    destination: Enclave
+    directory: Path
+
+    def __post_init__(self) -> None:
+        self.vms: dict[int, tuple[socket.socket, socket.socket]] = {}
+        self.held: list[socket.socket] = []
+        self.threads: list[threading.Thread] = []
+
+    def begin(self, enclave: Enclave, connection: socket.socket, **trusted: str) -> None:
+        """Begin with the usual facts."""
+        role, peer = ("source", DESTINATION) if enclave is self.source else ("destination", SOURCE)
+        enclave.call(
+            Begin(
+                role=role,
+                migration=MIGRATION,
+                key_pem=enclave.identity.key_pem.decode(),
+                certificate_pem=enclave.identity.certificate_pem.decode(),
+                trusted=trusted or {peer.fingerprint: peer.name},
+                protection="sealed",
+                now=NOW.isoformat(),
+            ),
+            connection,
+        )
+
+    def meet(self) -> tuple[PeerEstablished, PeerEstablished]:
+        """The channel stands."""
+        here, there = tcp_pair()
+        self.begin(self.source, here)
+        preface = parse_preface(receive_exactly(there, PREFACE_BYTES))
+        assert preface == Preface(ConnectionKind.CHANNEL, bytes.fromhex(MIGRATION))
+        self.begin(self.destination, there)
+        return self.source.until(PeerEstablished), self.destination.until(PeerEstablished)
+
+    def open_lanes(self, count: int, between: Between | None = None) -> None:
+        """Lanes are open, and a stand-in for the source's QEMU has dialled each. `between` sits on lane 0's network."""
+        listener = socket.socket(socket.AF_UNIX)
+        path = str(self.directory / "out.sock")
+        listener.bind(path)
+        listener.listen(count)
+        ends = [tcp_pair() for _ in range(count)]
+        self.held = [end.dup() for end, _ in ends]
+        self.destination.call(ExpectLanes(count))
+        self.source.call(OpenLanes(), listener, *(end for end, _ in ends))
+        for lane, (_, there) in enumerate(ends):
+            preface = parse_preface(receive_exactly(there, PREFACE_BYTES))
+            assert preface == Preface(ConnectionKind.LANE, bytes.fromhex(MIGRATION), lane)
+            arriving = there
+            if between is not None and lane == 0:
+                inner, arriving = tcp_pair()
+                self.run(between, there, inner)
+            self.destination.call(AcceptLane(lane), arriving)
+        self.source.until(LanesOpen)
+        self.destination.until(LanesOpen)
+        for lane in range(count):
+            vm = socket.socket(socket.AF_UNIX)
+            vm.settimeout(PATIENCE_S)
+            vm.connect(path)
+            self.vms[lane] = (vm, vm)
+
+    def attach(self, *, lanes: int) -> None:
+        """Give the destination's QEMU to each lane that asks for it; each must have been sent something."""
+        for _ in range(lanes):
+            lane = self.destination.until(VmWanted).lane
+            mine, theirs = socket.socketpair()
+            mine.settimeout(PATIENCE_S)
+            self.destination.call(AttachVm(lane), theirs)
+            self.vms[lane] = (self.vms[lane][0], mine)
+
+    def run(self, target: Callable[..., None], *arguments: object) -> None:
+        """A thread that ends before the test does."""
+        thread = threading.Thread(target=target, args=arguments, daemon=True)
+        self.threads.append(thread)
+        thread.start()
+
+    def close(self) -> None:
+        """Nothing is left."""
+        for enclave in (self.source, self.destination):
+            enclave.close()
+        for each in [*self.held, *(end for ends in self.vms.values() for end in ends)]:
+            each.close()
+        for thread in self.threads:
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def two_enclaves(directory: Path) -> Iterator[Pair]:
+    """A pair; every process, thread and socket of it is gone afterwards."""
+    pair = Pair(Enclave(SOURCE), Enclave(DESTINATION), directory)
+    try:
+        yield pair
+    finally:
+        pair.close()
+
+
+def passing(change: Callable[[int, bytes], bytes]) -> Between:
+    """A network that changes what goes towards the destination; `change` gets the offset and the bytes."""
+
+    def between(outer: socket.socket, inner: socket.socket) -> None:
+        def back() -> None:
+            with contextlib.suppress(OSError):
+                while data := inner.recv(65_536):
+                    outer.sendall(data)
+
+        returning = threading.Thread(target=back, daemon=True)
+        returning.start()
+        offset = 0
+        with contextlib.suppress(OSError):
+            while data := outer.recv(65_536):
+                inner.sendall(change(offset, data))
+                offset += len(data)
+        for end in (inner, outer):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        returning.join(PATIENCE_S)
+        inner.close()
+        outer.close()
+
+    return between

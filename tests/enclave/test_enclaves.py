@@ -1,0 +1,324 @@
+"""Two real enclave processes: what they carry, how they end, and what they gave up."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sealane.enclave.interface import (
+    Abort,
+    AcceptLane,
+    Counters,
+    ExpectLanes,
+    Failed,
+    Finish,
+    LanesClosed,
+    Message,
+    PeerEstablished,
+    PeerFinished,
+    SendMessage,
+)
+from sealane.limits import CHANNEL_MESSAGE_MAX
+from sealane.seal.records import OVERHEAD_BYTES
+from tests.enclave.rig import Pair, open_descriptors, passing, receive_exactly, tcp_pair, two_enclaves
+from tests.session.rig import DESTINATION, SOURCE, STRANGER
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    before = open_descriptors()
+    with two_enclaves(tmp_path) as made:
+        yield made
+    assert open_descriptors() == before
+
+
+def finish(pair: Pair) -> None:
+    """Both sides say goodbye and end in order, without a word on stderr."""
+    pair.source.call(Finish())
+    pair.destination.until(PeerFinished)
+    pair.destination.call(Finish())
+    assert pair.source.ends() == (0, "")
+    assert pair.destination.ends() == (0, "")
+
+
+# ---- what they carry
+
+
+def test_they_meet_talk_and_part(pair: Pair) -> None:
+    at_source, at_destination = pair.meet()
+    facts = ("TLSv1.3", "X25519MLKEM768", "TLS_AES_256_GCM_SHA384")
+    assert at_source == PeerEstablished("destination", DESTINATION.fingerprint, *facts)
+    assert at_destination == PeerEstablished("source", SOURCE.fingerprint, *facts)
+    for one, other in ((pair.source, pair.destination), (pair.destination, pair.source)):
+        for words in ("hello", "é" * 10, "x" * CHANNEL_MESSAGE_MAX):
+            one.call(SendMessage(words))
+            assert other.until(Message) == Message(words)
+    finish(pair)
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_bytes_go_both_ways_and_the_digests_agree(pair: Pair, lanes: int) -> None:
+    chance = random.Random(lanes)
+    there = {lane: chance.randbytes(chance.randint(300_000, 900_000)) for lane in range(lanes)}
+    back = {lane: chance.randbytes(chance.randint(1, 50_000)) for lane in range(lanes)}
+    pair.meet()
+    pair.open_lanes(lanes)
+    received: dict[tuple[str, int], bytes] = {}
+
+    def speak(vm: socket.socket, data: bytes, seed: int) -> None:
+        sizes, at = random.Random(seed), 0
+        while at < len(data):
+            step = sizes.choice([1, 100, 4096, 70_000])
+            vm.sendall(data[at : at + step])
+            at += step
+        vm.shutdown(socket.SHUT_WR)
+
+    def listen(vm: socket.socket, name: str, lane: int) -> None:
+        parts = []
+        while piece := vm.recv(65_536):
+            parts.append(piece)
+        received[name, lane] = b"".join(parts)
+
+    for lane in range(lanes):
+        pair.run(speak, pair.vms[lane][0], there[lane], lane)
+        pair.run(listen, pair.vms[lane][0], "source", lane)
+    pair.attach(lanes=lanes)
+    for lane in range(lanes):
+        pair.run(listen, pair.vms[lane][1], "destination", lane)
+        pair.run(speak, pair.vms[lane][1], back[lane], lane)
+    ours, theirs = pair.source.until(LanesClosed), pair.destination.until(LanesClosed)
+    for thread in pair.threads:
+        thread.join(20)
+    assert received == {
+        **{("destination", lane): data for lane, data in there.items()},
+        **{("source", lane): data for lane, data in back.items()},
+    }
+    total = sum(map(len, [*there.values(), *back.values()]))
+    assert ours.digest == theirs.digest
+    assert ours.plaintext_bytes == theirs.plaintext_bytes == total
+    assert ours.wire_bytes >= total + lanes * 6 * OVERHEAD_BYTES  # OPEN, at least one DATA, CLOSE, both ways
+    finish(pair)
+    for enclave in (pair.source, pair.destination):
+        counted = [call.plaintext_bytes for call in enclave.heard if isinstance(call, Counters)]
+        assert counted == sorted(counted)
+
+
+def test_half_close_reaches_one_direction_only(pair: Pair) -> None:
+    pair.meet()
+    pair.open_lanes(1)
+    pair.vms[0][0].sendall(b"stream")
+    pair.attach(lanes=1)
+    here, there = pair.vms[0]
+    assert receive_exactly(there, 6) == b"stream"
+    here.shutdown(socket.SHUT_WR)
+    assert there.recv(1) == b""
+    there.sendall(b"return path")  # goes on after the other direction was closed
+    assert receive_exactly(here, 11) == b"return path"
+    there.shutdown(socket.SHUT_WR)
+    assert here.recv(1) == b""
+    assert pair.source.until(LanesClosed).digest == pair.destination.until(LanesClosed).digest
+    finish(pair)
+
+
+def test_lanes_that_carried_nothing_close_too(pair: Pair) -> None:
+    pair.meet()
+    pair.open_lanes(2)
+    pair.vms[0][0].sendall(b"x")
+    pair.attach(lanes=1)
+    for vm in (pair.vms[0][0], pair.vms[0][1], pair.vms[1][0]):
+        vm.shutdown(socket.SHUT_WR)
+    assert pair.source.until(LanesClosed).digest == pair.destination.until(LanesClosed).digest
+    finish(pair)
+
+
+# ---- how they end
+
+
+def test_the_peers_reason_is_told(pair: Pair) -> None:
+    pair.meet()
+    pair.destination.call(Abort("check.memory", "the memory is 1 GiB and 2 GiB"))
+    failed = pair.source.until(Failed)
+    assert failed == Failed("check.memory", "the peer says: the memory is 1 GiB and 2 GiB", by_peer=True)
+    assert pair.source.ends() == (0, "")
+    assert pair.destination.ends() == (0, "")
+
+
+def test_an_unknown_peer_is_refused_at_both_ends(pair: Pair) -> None:
+    here, there = tcp_pair()
+    pair.begin(pair.source, here)
+    receive_exactly(there, 32)
+    pair.begin(pair.destination, there, **{STRANGER.fingerprint: "stranger"})
+    failed = pair.destination.until(Failed)
+    assert (failed.code, failed.by_peer) == ("peer.unknown", False)
+    told = pair.source.until(Failed)
+    assert (told.code, told.by_peer) == ("peer.unknown", True)
+
+
+@pytest.mark.parametrize("victim", ["source", "destination"])
+def test_a_killed_enclave_ends_the_other_one(pair: Pair, victim: str) -> None:
+    pair.meet()
+    pair.open_lanes(1)
+    pair.vms[0][0].sendall(b"stream")
+    pair.attach(lanes=1)
+    killed, other = (pair.source, pair.destination) if victim == "source" else (pair.destination, pair.source)
+    killed.process.send_signal(signal.SIGKILL)
+    failed = other.until(Failed)
+    assert failed.code in {"lane.cut", "lane.truncated", "peer.closed", "migration.destination-died"}
+    assert not failed.by_peer
+    assert other.ends() == (0, "")
+    for vm in pair.vms[0]:  # both QEMUs see their connection end
+        vm.settimeout(20)
+        assert vm.recv(100) in {b"", b"stream"}
+
+
+def test_an_enclave_whose_agent_is_gone_ends(pair: Pair) -> None:
+    pair.meet()
+    pair.open_lanes(1)
+    pair.source.calls.close()
+    assert pair.source.ends() == (0, "")
+    assert pair.vms[0][0].recv(1) == b""
+    assert pair.destination.until(Failed).code in {"lane.truncated", "lane.cut", "peer.closed"}
+
+
+def test_an_enclave_without_work_ends_with_its_agent(pair: Pair) -> None:
+    pair.source.calls.close()
+    assert pair.source.ends() == (0, "")
+
+
+@pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n" * 4, bytes(100)], ids=["HTTP", "zeros"])
+def test_garbage_instead_of_tls(pair: Pair, garbage: bytes) -> None:
+    here, there = tcp_pair()
+    pair.begin(pair.destination, there)
+    here.sendall(garbage)
+    failed = pair.destination.until(Failed)
+    assert (failed.code, failed.by_peer) == ("peer.tls", False)
+    assert pair.destination.ends() == (0, "")
+    here.close()
+
+
+def test_a_stranger_that_hangs_up(pair: Pair) -> None:
+    here, there = tcp_pair()
+    pair.begin(pair.destination, there)
+    here.close()
+    assert pair.destination.until(Failed).code == "peer.tls"
+    assert pair.destination.ends() == (0, "")
+
+
+def test_damage_on_an_established_channel(pair: Pair) -> None:
+    """The channel's connection stays in the test's hand: garbage goes in where the next TLS record belongs."""
+    here, there = tcp_pair()
+    intruder = here.dup()
+    pair.begin(pair.source, here)
+    receive_exactly(there, 32)
+    pair.begin(pair.destination, there)
+    pair.source.until(PeerEstablished)
+    pair.destination.until(PeerEstablished)
+    intruder.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
+    intruder.close()
+    failed = pair.destination.until(Failed)
+    assert (failed.code, failed.by_peer) == ("peer.tls", False)
+    assert pair.destination.ends() == (0, "")
+
+
+def test_a_cut_lane(pair: Pair) -> None:
+    pair.meet()
+    pair.open_lanes(2)
+    pair.held[1].shutdown(socket.SHUT_RDWR)
+    for enclave in (pair.source, pair.destination):
+        assert enclave.until(Failed).code in {"lane.truncated", "lane.cut"}
+        assert enclave.ends() == (0, "")
+
+
+def _flip_at(position: int) -> Callable[[int, bytes], bytes]:
+    def change(offset: int, data: bytes) -> bytes:
+        if not offset <= position < offset + len(data):
+            return data
+        changed = bytearray(data)
+        changed[position - offset] ^= 1
+        return bytes(changed)
+
+    return change
+
+
+OPENING = OVERHEAD_BYTES
+
+
+@pytest.mark.parametrize(
+    ("position", "code"),
+    [(OPENING + 0, "lane.malformed"), (OPENING + 15, "lane.integrity"), (OPENING + 20, "lane.foreign"),
+     (OPENING + 30, "lane.integrity")],
+    ids=["kind", "sequence", "identifier", "ciphertext"],
+)  # fmt: skip
+def test_a_changed_record_is_found_and_its_finders_reason_is_told_at_both_ends(
+    pair: Pair, position: int, code: str
+) -> None:
+    pair.meet()
+    pair.open_lanes(1, passing(_flip_at(position)))
+    pair.vms[0][0].sendall(b"x" * 1000)
+    failed = pair.destination.until(Failed)
+    assert (failed.code, failed.by_peer) == (code, False)
+    told = pair.source.until(Failed)  # its own lane broke as well, which says less
+    assert (told.code, told.by_peer) == (code, True)
+
+
+def test_bytes_slipped_into_a_lane(pair: Pair) -> None:
+    pair.meet()
+    pair.open_lanes(1)
+    pair.held[0].sendall(b"\x02" + bytes(99))
+    assert pair.destination.until(Failed).code == "lane.malformed"
+    told = pair.source.until(Failed)
+    assert (told.code, told.by_peer) == ("lane.malformed", True)
+
+
+def test_a_lane_that_nobody_expects(pair: Pair) -> None:
+    pair.meet()
+    pair.destination.call(ExpectLanes(1))
+    here, there = tcp_pair()
+    pair.destination.call(AcceptLane(1), there)
+    failed = pair.destination.until(Failed)
+    assert failed.code == "peer.preface"
+    told = pair.source.until(Failed)
+    assert told == Failed("peer.preface", "the peer says: lane 1 is not expected", by_peer=True)
+    assert here.recv(1) == b""
+    here.close()
+
+
+# ---- what they gave up
+
+
+def test_a_live_enclave_is_hardened(pair: Pair) -> None:
+    pair.meet()
+    process = Path(f"/proc/{pair.source.process.pid}")
+    assert "\nNoNewPrivs:\t1\n" in (process / "status").read_text()
+    (core,) = [line for line in (process / "limits").read_text().splitlines() if line.startswith("Max core file size")]
+    assert core.split()[4:6] == ["0", "0"]
+    assert (process / "environ").stat().st_uid == 0  # a process that is not dumpable belongs to root, proc(5)
+    assert int((process / "status").read_text().partition("SigIgn:\t")[2].split()[0], 16) >> (signal.SIGINT - 1) & 1
+
+
+def test_an_enclave_is_not_dumpable_and_dies_with_its_agent(tmp_path: Path) -> None:
+    script = (
+        "import ctypes; from sealane.enclave.hardening import harden; harden(); c = ctypes.CDLL(None); "
+        "s = ctypes.c_int(); c.prctl(2, ctypes.byref(s)); print(c.prctl(3, 0, 0, 0, 0), c.prctl(39, 0, 0, 0, 0), s.value)"
+    )
+    output = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, check=True, cwd=tmp_path).stdout
+    assert output.split() == [b"0", b"1", b"9"]
+
+
+def test_an_enclave_inherits_one_socket_and_no_environment(pair: Pair) -> None:
+    process = Path(f"/proc/{pair.source.process.pid}")
+    pair.meet()
+    if os.geteuid() != 0:
+        with pytest.raises(PermissionError):
+            (process / "environ").read_bytes()  # not dumpable: only root may look
+        return
+    names = {entry.partition(b"=")[0] for entry in (process / "environ").read_bytes().split(b"\0") if entry}
+    assert names == {b"LANG"}
+    kinds = [os.readlink(entry).partition(":")[0] for entry in (process / "fd").iterdir()]
+    assert kinds.count("socket") == 4  # calls, the channel, and the pair that wakes the loop
