@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,9 +56,13 @@ class AgentHost:
             return False
         return True
 
-    def descriptors(self) -> int:
-        """How many descriptors the agent has open."""
-        return len(os.listdir(f"/proc/{self._running().process.pid}/fd"))
+    def descriptors(self) -> list[str]:
+        """What the agent has open, as /proc tells it."""
+        found = []
+        for each in Path(f"/proc/{self._running().process.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                found.append(os.readlink(each))
+        return sorted(found)
 
     def processes(self) -> set[int]:
         """Everything that runs on this host, children of the agent included whatever their environment says."""
