@@ -156,7 +156,7 @@ def small_disk() -> Iterator[Rig]:
                 (state / name).write_bytes(data)
                 (state / name).chmod(0o600)
             end.start_agent()
-            stack.callback(lambda end=end: end.agent.stop())
+            stack.callback(end.agent.stop)
         rig.note_descriptors()
         yield rig
 

@@ -24,8 +24,10 @@ from tests.e2e.rig import Rig
 pytestmark = pytest.mark.e2e
 
 START = 0
-# A data record in the middle of what the lane carries: the main lane has few, the multifd lanes some hundred.
-MIDDLE = {0: 2, 1: 20, 2: 20}
+# A data record in the middle of what the lane carries, with others after it.
+MIDDLE = 20
+# Beside multifd lanes the main lane carries little: alone it is that has a middle.
+ALONE = {0: 0, 1: None, 2: None}
 CODES: dict[Part, str] = {
     "kind": "lane.malformed",
     "identifier": "lane.foreign",
@@ -45,14 +47,20 @@ def test_bit_flipped_at_start(rig: Rig, lane: int, part: Part) -> None:
 @pytest.mark.parametrize("part", ["kind", "identifier", "sequence", "body", "tag"])
 @pytest.mark.parametrize("lane", [0, 1, 2])
 def test_bit_flipped_in_the_middle(rig: Rig, lane: int, part: Part) -> None:
-    attempt = rig.attempt(on_record(lane=lane, which=MIDDLE[lane], change=flip(part)))
+    attempt = rig.attempt(on_record(lane=lane, which=MIDDLE, change=flip(part)), multifd_channels=ALONE[lane])
+    rig.assert_aborted(attempt, CODES[part], destination=[CODES[part]])
+
+
+@pytest.mark.parametrize("part", ["identifier", "tag"])
+def test_bit_flipped_in_the_main_lane_beside_others(rig: Rig, part: Part) -> None:
+    attempt = rig.attempt(on_record(lane=0, which=2, change=flip(part)))
     rig.assert_aborted(attempt, CODES[part], destination=[CODES[part]])
 
 
 @pytest.mark.parametrize("lane", [1, 2])
 def test_length_changed(rig: Rig, lane: int) -> None:
     codes = ["lane.integrity", "lane.malformed"]
-    attempt = rig.attempt(on_record(lane=lane, which=MIDDLE[lane], change=flip("length")))
+    attempt = rig.attempt(on_record(lane=lane, which=MIDDLE, change=flip("length")))
     rig.assert_aborted(attempt, *codes, destination=codes)
 
 
@@ -79,7 +87,7 @@ def test_bit_flipped_on_the_return_path(rig: Rig, part: Part) -> None:
 @pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"])
 @pytest.mark.parametrize("lane", [0, 1, 2])
 def test_lane_cut(rig: Rig, lane: int, reset: bool) -> None:
-    attempt = rig.attempt(on_record(lane=lane, which=MIDDLE[lane], change=cut(reset=reset)))
+    attempt = rig.attempt(on_record(lane=lane, which=MIDDLE, change=cut(reset=reset)), multifd_channels=ALONE[lane])
     codes = ["lane.cut", "lane.truncated"]
     rig.assert_aborted(attempt, *codes, destination=codes)
 
@@ -112,13 +120,13 @@ def test_bytes_after_close(rig: Rig, lane: int, direction: Direction, more: byte
 )
 @pytest.mark.parametrize("lane", [0, 1, 2])
 def test_record_replayed_or_dropped(rig: Rig, lane: int, change: Change, code: str) -> None:
-    attempt = rig.attempt(on_record(lane=lane, which=MIDDLE[lane], change=change))
+    attempt = rig.attempt(on_record(lane=lane, which=MIDDLE, change=change), multifd_channels=ALONE[lane])
     rig.assert_aborted(attempt, code, destination=[code])
 
 
 @pytest.mark.parametrize("lane", [0, 1])
 def test_records_swapped(rig: Rig, lane: int) -> None:
-    attempt = rig.attempt(swap_with_next(lane=lane, which=MIDDLE[lane]))
+    attempt = rig.attempt(swap_with_next(lane=lane, which=MIDDLE), multifd_channels=ALONE[lane])
     rig.assert_aborted(attempt, "lane.reordered", destination=["lane.reordered"])
 
 

@@ -23,6 +23,7 @@ from sealane.host.api import create_app
 from sealane.host.config import VMS_FILE, Settings
 from sealane.host.jobs import Job, Jobs
 from sealane.host.logs import configure_logs
+from sealane.host.migration.dialling import remove_socket_directories
 from sealane.host.models import Host, Migration, MigrationRequest, Peer, VmDefinition
 from sealane.host.notify import notify
 from sealane.host.peers import Peers
@@ -131,6 +132,7 @@ class Agent:
                 recovery = Recovery(
                     self.store, self.jobs, self._find_qmp, qmp_timeout_s=self.settings.limits.qmp_timeout_s
                 )
+                remove_socket_directories(self.paths.run)
                 await recovery.recover()
                 await self._serve(stack, recovery)
                 self.log.info("ready", listen=self.describe().listen, socket=str(self.paths.agent_socket))

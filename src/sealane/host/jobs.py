@@ -88,6 +88,7 @@ class Job(ABC):
         self.log = structlog.get_logger().bind(migration=migration.id[:8], vm=migration.vm, role=migration.role)
         self.description: VmDescription | None = None
         self.cancelled = False
+        self.cancel_code = "migration.cancelled"
         self.ended = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         self._migration = migration
@@ -150,8 +151,8 @@ class Job(ABC):
         runs_at = runs_at_after(self._migration.role, state)
         return self.end(state=state.value, runs_at=runs_at, problem=problem_of(error))
 
-    def cancel(self) -> None:
-        """Ask the job to end; it does so by itself, seen as CancelledError in `run` with `cancelled` set.
+    def cancel(self, code: str = "migration.cancelled") -> None:
+        """Ask the job to end, for the reason `code`; it does so by itself, seen as CancelledError in `run`.
 
         Raises `migration.over` after the end, `migration.too-late` once handing over.
         """
@@ -159,7 +160,7 @@ class Job(ABC):
             raise make_error("migration.over", f"migration {self._migration.number} is {self._migration.state}")
         if State(self._migration.state) in BEYOND_CANCEL:
             raise make_error("migration.too-late")
-        self.cancelled = True
+        self.cancelled, self.cancel_code = True, code
         if self.task:
             self.task.cancel()
 
@@ -191,7 +192,7 @@ class Job(ABC):
             await self.run()
             self.end()
         except asyncio.CancelledError:
-            self.fail(make_error("migration.cancelled"))
+            self.fail(make_error(self.cancel_code))
         except SealaneError as error:
             self.fail(error)
         except Exception as error:
@@ -259,7 +260,7 @@ class Jobs:
     def _forget(self, job: Job) -> None:
         self._live.pop(job.id, None)
         if not job.ended.is_set():  # its task was cancelled before the first step
-            job.fail(make_error("migration.cancelled"))
+            job.fail(make_error(job.cancel_code))
         if State(job.migration.state) not in ENDED:
             self._left_over[job.id] = job.migration
 
@@ -359,7 +360,7 @@ class Jobs:
             _, tasks = await asyncio.wait(tasks, timeout=grace_s)
         for job in self.live:
             with contextlib.suppress(ControlError):
-                job.cancel()
+                job.cancel("agent.stopping")
         if tasks:
             _, tasks = await asyncio.wait(tasks, timeout=max(grace_s, 1.0))
         for task in tasks:

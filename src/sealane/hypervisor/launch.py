@@ -95,7 +95,7 @@ async def launch_incoming(
         for machine in reversed(processes):
             await destroy(machine.pid, machine.start_time_ticks, qmp_path=qmp_path)
         if isinstance(error, TimeoutError):
-            detail = f"no answer on {qmp_path} within {timeout_s:g} s; {_last_words(log_path)}"
+            detail = f"no answer on {qmp_path} within {timeout_s:g} s; {last_words(log_path)}"
             raise make_error("launch.slow", detail) from None
         raise
 
@@ -111,7 +111,7 @@ async def _wait_answer(
                 raise
         if child.status:
             how = f"signal {-child.status}" if child.status < 0 else f"status {child.status}"
-            raise make_error("launch.failed", f"{_last_words(log_path)} ({how})")
+            raise make_error("launch.failed", f"{last_words(log_path)} ({how})")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SOCKET_LOOK_INTERVAL_S if child.status is None else SOCKET_LOOK_INTERVAL_S * 5):
                 await (child.exited.wait() if child.status is None else asyncio.Event().wait())
@@ -273,7 +273,8 @@ def _spawn(argv: Sequence[str], log_path: Path) -> _Child:
     return child
 
 
-def _last_words(log_path: Path) -> str:
+def last_words(log_path: Path) -> str:
+    """The last line that a launched QEMU wrote."""
     try:
         with open(log_path, "rb") as log:
             log.seek(max(0, os.fstat(log.fileno()).st_size - LOG_TAIL_BYTES))

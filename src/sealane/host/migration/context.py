@@ -4,6 +4,7 @@ from typing import Final, Protocol
 
 from sealane.crypto.aead import CIPHER_NAME
 from sealane.crypto.identity import Identity
+from sealane.host.config import Settings
 from sealane.host.jobs import Jobs
 from sealane.host.peers import Peers
 from sealane.host.registry import Registry
@@ -18,6 +19,7 @@ class MigrationContext(Protocol):
     """The agent, as its migrations see it."""
 
     paths: Paths
+    settings: Settings
     identity: Identity
     store: Store
     jobs: Jobs

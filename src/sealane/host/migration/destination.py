@@ -30,9 +30,10 @@ from sealane.host.migration.dialling import SocketDirectory, dial_vm
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
 from sealane.host.models import Migration, Progress, Result, VmDefinition
 from sealane.host.problems import problem_of
+from sealane.host.registry import PROBE_TIMEOUT_S, is_absent
 from sealane.host.store import utc_now
 from sealane.hypervisor.driver import MigrationParameters
-from sealane.hypervisor.launch import LaunchedMachine, destroy, launch_incoming
+from sealane.hypervisor.launch import LaunchedMachine, destroy, last_words, launch_incoming
 from sealane.hypervisor.qmp import QmpMachine
 from sealane.limits import (
     CHANNEL_ANSWER_TIMEOUT_S,
@@ -146,6 +147,8 @@ class DestinationMigration(Job):
         self._prepare, self._vm = prepare, vm
         self._handover = Handover(Role.DESTINATION)
         self._launched: LaunchedMachine | None = None
+        self._log_path = context.paths.state / "log" / f"{vm.name}.log"
+        self._has_ticket = False
         self._main_attached = asyncio.Event()
         self._attaching: set[asyncio.Task[None]] = set()
         self._begun = time.monotonic()
@@ -165,7 +168,7 @@ class DestinationMigration(Job):
 
     async def _receive(self, directory: Path) -> None:
         await self._launch(directory)
-        async with QmpMachine.connect(self._vm.qmp) as qemu:
+        async with QmpMachine.connect(self._vm.qmp, self._context.settings.limits.qmp_timeout_s) as qemu:
             path = directory / "in.sock"
             channels = await self._make_ready(qemu, path)
             await self._open_lanes(path, channels)
@@ -174,6 +177,7 @@ class DestinationMigration(Job):
             self._step(Input.VM_STOPPED, detail="everything came and is loaded, paused")
             self._enclave.call(SendMessage(messages.Loaded(digest=digest).model_dump_json()))
             ticket = await self._enclave.expect(messages.Ticket, _TICKET_WAIT_S)
+            self._has_ticket = True
             self._check_ticket(ticket, digest)
             await self._take_over(qemu, ticket)
 
@@ -185,13 +189,12 @@ class DestinationMigration(Job):
         if await self._is_here():
             raise ControlError("check.vm-present", f"{self._vm.name} has a QEMU here already")
         assert self._vm.launch_incoming is not None  # noqa: S101 - checked by the reception
-        logs = self._context.paths.state / "log"
-        logs.mkdir(mode=0o700, parents=True, exist_ok=True)
         await self._watch(
             launch_incoming(
                 self._vm.launch_incoming,
                 self._vm.qmp,
-                logs / f"{self._vm.name}.log",
+                self._log_path,
+                self._context.settings.limits.launch_timeout_s,
                 on_started=self._note_launched,
             )
         )
@@ -201,11 +204,12 @@ class DestinationMigration(Job):
         self.journal(launched=launched)
 
     async def _is_here(self) -> bool:
+        """Whether a QEMU holds the VM's socket, even one that serves another client, or hangs."""
         try:
-            async with QmpMachine.connect(self._vm.qmp):
+            async with QmpMachine.connect(self._vm.qmp, PROBE_TIMEOUT_S):
                 return True
         except SealaneError as error:
-            return error.code != "vm.unreachable"
+            return not is_absent(error)
 
     async def _make_ready(self, qemu: QmpMachine, path: Path) -> int:
         self.description = here = await qemu.describe()
@@ -298,11 +302,15 @@ class DestinationMigration(Job):
         if self.ended.is_set():
             self._enclave.finish()
             return
-        reason = await self._better_reason(_as_sealane_error(error))
+        reason = await self._better_reason(self._as_sealane_error(error))
         if not isinstance(error, (SealaneError, asyncio.CancelledError)):
             self.log.error("unexpected error", exc_info=error)
         if self._handover.may_resume_here:
             await self._refuse_or_keep(reason)
+            return
+        if self._has_ticket:  # the source has given the VM up: only our word brings it back there
+            await self._refuse(reason)
+            self.end(state="aborted", runs_at="source", problem=problem_of(reason))
             return
         self._enclave.abort(reason)
         await self._destroy()
@@ -320,6 +328,12 @@ class DestinationMigration(Job):
             self._enclave.finish()
             self.end(state="completed", runs_at="destination", problem=problem_of(reason))
             return
+        await self._refuse(reason)
+        self._handover.step(Input.REFUSED)
+        self.end(state="aborted", runs_at="source", problem=problem_of(reason))
+
+    async def _refuse(self, reason: SealaneError) -> None:
+        """Destroy the copy, which never ran, and then say so to the source."""
         await self._destroy()
         refusal = messages.TicketRefused(code=reason.code, detail=reason.detail[:1000])
         try:
@@ -327,8 +341,6 @@ class DestinationMigration(Job):
         except SealaneError as lost:
             self.log.error("the refusal did not leave", code=lost.code)
         self._enclave.finish()
-        self._handover.step(Input.REFUSED)
-        self.end(state="aborted", runs_at="source", problem=problem_of(reason))
 
     async def _better_reason(self, reason: SealaneError) -> SealaneError:
         """QEMU only says that its stream ended; the enclave, or the peer through it, knows why."""
@@ -338,7 +350,7 @@ class DestinationMigration(Job):
         if self._enclave.failed.done():
             return self._enclave.failed.result()
         if reason.code == "vm.unreachable" and self._launched is not None:
-            return make_error("migration.destination-died")
+            return make_error("migration.destination-died", f"QEMU ended in mid-stream; {last_words(self._log_path)}")
         return reason
 
     async def _destroy(self) -> None:
@@ -355,10 +367,9 @@ class DestinationMigration(Job):
     async def _watch(self, awaitable: Any) -> Any:
         return await self._enclave.wait(awaitable, None, "enclave.slow", "")
 
-
-def _as_sealane_error(error: BaseException) -> SealaneError:
-    if isinstance(error, SealaneError):
-        return error
-    if isinstance(error, asyncio.CancelledError):
-        return ControlError("migration.cancelled")
-    return InternalError("internal.error", f"{type(error).__name__}: {error}")
+    def _as_sealane_error(self, error: BaseException) -> SealaneError:
+        if isinstance(error, SealaneError):
+            return error
+        if isinstance(error, asyncio.CancelledError):
+            return make_error(self.cancel_code)
+        return InternalError("internal.error", f"{type(error).__name__}: {error}")

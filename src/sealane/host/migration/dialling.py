@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import shutil
 import socket
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from sealane.limits import (
 )
 
 _DIAL_TIMEOUT_S = 10.0
+_DIRECTORIES = "m"
 
 
 def tune(connection: socket.socket) -> None:
@@ -73,11 +75,16 @@ def listen_for_vm(path: Path, backlog: int) -> socket.socket:
     return listener
 
 
+def remove_socket_directories(run: Path) -> None:
+    """Remove what an agent that was killed has left; for the next one, before its first migration."""
+    shutil.rmtree(run / _DIRECTORIES, ignore_errors=True)
+
+
 class SocketDirectory:
     """A private directory for one migration's unix sockets, gone afterwards."""
 
     def __init__(self, run: Path, migration: str) -> None:
-        self._path = run / "m" / migration[:12]
+        self._path = run / _DIRECTORIES / migration[:12]
 
     def __enter__(self) -> Path:
         try:

@@ -32,6 +32,8 @@ from sealane.host.migration import messages
 T = TypeVar("T")
 _EXIT_WAIT_S: Final = 8.0
 _MESSAGES_WAITING_MAX: Final = 16
+# More than a socket's buffer holds of them.
+_OCALLS_WAITING_MAX: Final = 1000
 
 
 class EnclaveProcess:
@@ -70,6 +72,9 @@ class EnclaveProcess:
         except OSError as error:
             ours.close()
             raise HostError("enclave.died", f"the enclave could not be started: {error.strerror}") from error
+        except BaseException:
+            ours.close()
+            raise
         finally:
             theirs.close()
         return cls(process, CallSocket(ours))
@@ -86,10 +91,18 @@ class EnclaveProcess:
         except BlockingIOError:
             raise HostError("enclave.slow", "the enclave does not take calls") from None
         except OSError as error:
-            raise HostError("enclave.died", f"the enclave is gone: {error.strerror}") from error
+            raise self._last_word() or HostError("enclave.died", f"the enclave is gone: {error.strerror}") from error
         finally:
             for each in sockets:
                 each.close()
+
+    def _last_word(self) -> SealaneError | None:
+        """Why the enclave is gone: what it said at its end may still wait to be read."""
+        for _ in range(_OCALLS_WAITING_MAX):
+            if self.failed.done() or self._calls.fileno() < 0:
+                break
+            self._on_readable()
+        return self.failed.result() if self.failed.done() else None
 
     async def wait(self, awaitable: Awaitable[T], timeout_s: float | None, code: str, what: str) -> T:
         """The awaitable's result, unless the enclave fails first (its error) or the time passes (`code`)."""
@@ -160,8 +173,8 @@ class EnclaveProcess:
     def _on_readable(self) -> None:
         try:
             received = self._calls.receive()
-        except BlockingIOError:
-            return
+        except (BlockingIOError, ConnectionResetError):
+            return  # a reset comes before what the enclave said at its end, and once only: that is still to be read
         except (OSError, InternalError) as error:
             received = None
             self.fail(HostError("enclave.died", f"the enclave spoke nonsense: {error}"))

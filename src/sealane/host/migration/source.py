@@ -11,6 +11,8 @@ that its copy is destroyed brings the VM back.
 
 import asyncio
 import contextlib
+import os
+import signal
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -81,7 +83,8 @@ class SourceMigration(Job):
         """Carry the migration out; ends in completed, aborted or in-doubt whatever happens."""
         try:
             with SocketDirectory(self._context.paths.run, self.id) as directory:
-                async with QmpMachine.connect(self._vm.qmp) as self._qemu:
+                timeout_s = self._context.settings.limits.qmp_timeout_s
+                async with QmpMachine.connect(self._vm.qmp, timeout_s) as self._qemu:
                     self._events = self._qemu.events()
                     try:
                         await self._migrate(self._qemu, directory)
@@ -172,7 +175,8 @@ class SourceMigration(Job):
         )
         self.update(detail=f"{self._peer.name} prepares")
         enclave.call(SendMessage(prepare.model_dump_json()))
-        limit = LAUNCH_TIMEOUT_S + CHANNEL_ANSWER_TIMEOUT_S
+        launch_s = max(LAUNCH_TIMEOUT_S, self._context.settings.limits.launch_timeout_s)
+        limit = launch_s + CHANNEL_ANSWER_TIMEOUT_S
         return await self._watch(enclave.expect(messages.Prepared, limit))
 
     async def _open_lanes(self, enclave: EnclaveProcess, path: Path, count: int) -> None:
@@ -238,6 +242,7 @@ class SourceMigration(Job):
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
             )
         except OSError as error:
             raise make_error("migration.hook-failed", f"{command[0]}: {error.strerror}") from error
@@ -247,9 +252,9 @@ class SourceMigration(Job):
         except TimeoutError:
             raise make_error("migration.hook-failed", f"no answer within {HOOK_TIMEOUT_S:.0f} s") from None
         finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with whatever it left behind
+            await process.wait()
         if process.returncode:
             words = output.decode("utf-8", "replace").strip().splitlines()
             raise make_error("migration.hook-failed", words[-1] if words else f"exit status {process.returncode}")
@@ -328,7 +333,7 @@ class SourceMigration(Job):
         if isinstance(error, SealaneError):
             return error
         if isinstance(error, asyncio.CancelledError):
-            return ControlError("migration.cancelled")
+            return make_error(self.cancel_code)
         return InternalError("internal.error", f"{type(error).__name__}: {error}")
 
     async def _better_reason(self, reason: SealaneError) -> SealaneError:
