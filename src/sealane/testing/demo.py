@@ -11,7 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -411,7 +411,7 @@ class Demonstration:
     def _workload(self) -> Workload:
         writes = self.report.memory_checkable
         return Workload(
-            fill_mib=min(self.memory_mib // 2 - 16, _FILL_MAX_MIB),
+            fill_mib=min(self.memory_mib // 4, _FILL_MAX_MIB),
             rewrite_kib_per_s=_REWRITE_KIB_PER_S if writes else 0,
             check_all=_CHECK_ALL_TICKS if writes else 0,
             canary=self.canary,
@@ -480,7 +480,11 @@ class Demonstration:
                         self.out.detail(f"{end.name}'s agent said:\n{end.agent.output[-4000:]}")
                 raise MigrationFailed(last.problem.detail if last.problem else last.state, exit_status=status)
             guest.travelled.append(pair.b.name)
-            listener.finish()
+            try:
+                listener.finish()
+            except RigError as error:
+                detail = f"{error}, so that an absence would prove nothing"
+                raise make_error("demo.failed", detail, mend="run it again when this machine has less to do") from error
             self.report.captured_bytes = listener.size_bytes()
             self.report.canary_count = listener.count(self.canary.encode())
         self.report.kex_group, self.report.cipher = last.kex_group, last.cipher
@@ -542,7 +546,8 @@ class Demonstration:
             with source.observe() as monitor:
                 monitor.execute("cont")
             migrate_plainly(source, destination, f"tcp:{listener.address[0]}:{listener.address[1]}")
-            listener.finish()
+            with suppress(RigError):  # packets lost: what counts here is what was found all the same
+                listener.finish()
             self.report.plain_captured_bytes = listener.size_bytes()
             self.report.plain_canary_count = listener.count(self.canary.encode())
         self._say("contrast", "QEMU alone moved an identical guest over plain TCP, overheard in the same way")
