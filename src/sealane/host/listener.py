@@ -6,6 +6,7 @@ whose peer has not proved itself.
 """
 
 import asyncio
+import functools
 import socket
 from collections import OrderedDict
 from typing import Final
@@ -23,6 +24,8 @@ from sealane.session.preface import PREFACE_BYTES, ConnectionKind, Preface, pars
 _BACKLOG: Final = 256
 # After accept(2) failed for want of descriptors or memory.
 _ACCEPT_PAUSE_S: Final = 0.1
+# Receptions that are no jobs yet: strangers, those that are ending, and proven peers that have not said what they want.
+_BEGINNING_MAX: Final = 2 * UNPROVEN_ENCLAVES_MAX
 
 
 class PeerListener:
@@ -35,7 +38,7 @@ class PeerListener:
         self._accepting: asyncio.Task[None] | None = None
         self._pending: OrderedDict[asyncio.Task[None], None] = OrderedDict()
         self._receptions: dict[bytes, Reception] = {}
-        self._unproven: OrderedDict[bytes, asyncio.Task[None]] = OrderedDict()
+        self._beginning: dict[bytes, asyncio.Task[asyncio.Task[None] | None]] = {}  # not jobs yet; the oldest first
 
     @property
     def address(self) -> str | None:
@@ -59,7 +62,7 @@ class PeerListener:
 
     async def stop(self) -> None:
         """Close the port and what has not become a migration; migrations go on."""
-        tasks = [task for task in (self._accepting, *self._pending, *self._unproven.values()) if task is not None]
+        tasks = [task for task in (self._accepting, *self._pending, *self._beginning.values()) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -78,24 +81,27 @@ class PeerListener:
                 continue
             task = asyncio.create_task(self._welcome(connection), name="preface")
             self._pending[task] = None
-            task.add_done_callback(lambda done: self._pending.pop(done, None))
+            task.add_done_callback(functools.partial(self._welcomed, connection))
             if len(self._pending) > PENDING_CONNECTIONS_MAX:
                 oldest, _ = self._pending.popitem(last=False)
                 oldest.cancel()
+            await asyncio.sleep(0)  # a preface that came along is read before newer connections can push this one out
 
     async def _welcome(self, connection: socket.socket) -> None:
         try:
             connection.setblocking(False)
-            tune(connection)
+            tune(connection, self._settings.congestion_control)
             preface = await _read_preface(connection)
         except (SealaneError, OSError, TimeoutError) as error:
             self._log.info("connection without a fitting preface", reason=str(error) or "too slow")
             connection.close()
-        except asyncio.CancelledError:
-            connection.close()
-            raise
         else:
             self._route(preface, connection)
+
+    def _welcomed(self, connection: socket.socket, task: asyncio.Task[None]) -> None:
+        self._pending.pop(task, None)
+        if task.cancelled():  # perhaps before its first step
+            connection.close()
 
     def _route(self, preface: Preface, connection: socket.socket) -> None:
         known = self._receptions.get(preface.migration_id)
@@ -108,27 +114,44 @@ class PeerListener:
             self._receive(preface.migration_id, connection)
 
     def _receive(self, migration_id: bytes, connection: socket.socket) -> None:
+        if len(self._beginning) >= _BEGINNING_MAX:
+            self._log.warning("too many receptions begin at once; one was turned away")
+            connection.close()
+            return
         reception = Reception(self._context, migration_id.hex())
         self._receptions[migration_id] = reception
-        task = asyncio.create_task(self._serve(migration_id, reception, connection), name="reception")
-        self._unproven[migration_id] = task
-        strangers = [key for key in self._unproven if not self._receptions[key].is_proven]
+        task = asyncio.create_task(self._serve(reception, connection), name="reception")
+        self._beginning[migration_id] = task
+        task.add_done_callback(functools.partial(self._begun, migration_id, connection))
+        strangers = [
+            task
+            for key, task in self._beginning.items()
+            if not self._receptions[key].is_proven and not task.cancelling()
+        ]
         if len(strangers) > UNPROVEN_ENCLAVES_MAX:
-            self._unproven[strangers[0]].cancel()
+            strangers[0].cancel()
 
-    async def _serve(self, migration_id: bytes, reception: Reception, connection: socket.socket) -> None:
-        over = True
+    async def _serve(self, reception: Reception, connection: socket.socket) -> asyncio.Task[None] | None:
         try:
             job = await reception.meet(connection)
-            if job.task is not None:
-                job.task.add_done_callback(lambda _: self._receptions.pop(migration_id, None))
-                over = False
         except SealaneError as error:
             self._log.info("a migration was not received", code=error.code, reason=error.detail)
-        finally:
-            self._unproven.pop(migration_id, None)
-            if over:
-                self._receptions.pop(migration_id, None)
+            return None
+        return job.task
+
+    def _begun(
+        self, migration_id: bytes, connection: socket.socket, task: asyncio.Task[asyncio.Task[None] | None]
+    ) -> None:
+        """The reception became a job, which keeps its place in the table, or came to nothing."""
+        self._beginning.pop(migration_id, None)
+        connection.close()  # the enclave has it, or a task that was cancelled before its first step
+        job = None if task.cancelled() or task.exception() else task.result()
+        if job is not None:
+            job.add_done_callback(lambda _: self._receptions.pop(migration_id, None))
+            return
+        self._receptions.pop(migration_id, None)
+        if not task.cancelled() and (error := task.exception()):
+            self._log.error("unexpected error", exc_info=error)
 
 
 async def _read_preface(connection: socket.socket) -> Preface:

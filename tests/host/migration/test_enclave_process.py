@@ -1,0 +1,255 @@
+"""The agent's side of real enclaves, and of one that the test plays itself."""
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+import pytest
+
+from sealane.enclave.interface import (
+    Abort,
+    Begin,
+    CallSocket,
+    Counters,
+    Failed,
+    Finish,
+    LanesClosed,
+    LanesOpen,
+    Message,
+    PeerEstablished,
+    PeerFinished,
+    SendMessage,
+    VmWanted,
+    socket_pair,
+)
+from sealane.errors import HostError, PeerError, SealaneError, make_error
+from sealane.host.migration import enclave_process
+from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
+from sealane.host.migration.messages import Loaded, Prepared
+from tests.enclave.rig import open_descriptors, receive_exactly, tcp_pair
+from tests.session.rig import DESTINATION, MIGRATION, NOW, SOURCE
+
+DIGEST = "0" * 64
+
+
+def begin(role: str) -> Begin:
+    own, peer = (SOURCE, DESTINATION) if role == "source" else (DESTINATION, SOURCE)
+    return Begin(
+        role=role,
+        migration=MIGRATION,
+        key_pem=own.key_pem.decode(),
+        certificate_pem=own.certificate_pem.decode(),
+        trusted={peer.fingerprint: peer.name},
+        protection="sealed",
+        now=NOW.isoformat(),
+    )
+
+
+async def meet() -> tuple[EnclaveProcess, EnclaveProcess]:
+    source, destination = await EnclaveProcess.start(), await EnclaveProcess.start()
+    here, there = tcp_pair()
+    source.call(begin("source"), here)
+    assert here.fileno() == -1  # the enclave's alone
+    receive_exactly(there, 32)
+    destination.call(begin("destination"), there)
+    for each in (source, destination):
+        met = await each.wait(each.established, 20, "peer.slow", "handshake")
+        assert met.kex_group == "X25519MLKEM768"
+    return source, destination
+
+
+async def test_two_agents_talk_through_real_enclaves_and_leave_nothing() -> None:
+    await (
+        await asyncio.create_subprocess_exec("true")
+    ).wait()  # what asyncio keeps for child processes is there from now on
+    before = open_descriptors()
+    source, destination = await meet()
+    destination.call(SendMessage(Prepared(multifd_channels=2).model_dump_json()))
+    assert await source.expect(Prepared, 20) == Prepared(multifd_channels=2)
+    source.finish()
+    await destination.wait(destination.finished, 20, "peer.slow", "goodbye")
+    destination.finish()
+    for each in (source, destination):
+        await each.reap()
+        assert not os.path.exists(f"/proc/{each.pid}")
+        with pytest.raises(HostError, match=r"enclave\.died"):
+            each.call(Finish())
+        each.finish()  # harmless, as is abort
+        each.abort(make_error("peer.slow"))
+    assert open_descriptors() == before
+
+
+async def test_an_abort_tells_the_other_end_why() -> None:
+    source, destination = await meet()
+    destination.abort(make_error("check.cpus", "2 and 1"))
+    with pytest.raises(SealaneError, match="the peer says: 2 and 1") as raised:
+        await source.expect(Prepared, 20)
+    assert raised.value.code == "check.cpus"
+    await asyncio.gather(source.reap(), destination.reap())
+
+
+async def test_a_killed_enclave_is_heard_of() -> None:
+    enclave = await EnclaveProcess.start()
+    enclave.kill()
+    with pytest.raises(HostError, match=r"enclave\.died"):
+        await enclave.next_message(20, "anything")
+    await enclave.reap()
+    enclave.kill()  # harmless
+
+
+async def test_an_enclave_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(enclave_process, "_EXIT_WAIT_S", 0.05)
+    enclave = await EnclaveProcess.start()
+    await enclave.reap()
+    assert not os.path.exists(f"/proc/{enclave.pid}")
+
+
+async def test_a_start_that_fails_or_is_cancelled_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = open_descriptors()
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(HostError, match="could not be started"):
+        await EnclaveProcess.start()
+    assert open_descriptors() == before
+
+    pairs: list[tuple[socket.socket, socket.socket]] = []
+
+    def remembered() -> tuple[socket.socket, socket.socket]:
+        pairs.append(socket_pair())
+        return pairs[-1]
+
+    async def cancelled(*_: Any, **__: Any) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(enclave_process, "socket_pair", remembered)
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", cancelled)
+    with pytest.raises(asyncio.CancelledError):
+        await EnclaveProcess.start()
+    assert [end.fileno() for end in pairs[0]] == [-1, -1]
+
+
+# ---- an enclave played by the test
+
+
+class Played:
+    """An EnclaveProcess whose other end is in the test's hand."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket_pair()
+        ours.setblocking(False)
+        theirs.settimeout(5)
+        self.enclave = CallSocket(theirs)
+        self.agent = EnclaveProcess(cast("asyncio.subprocess.Process", None), CallSocket(ours))
+
+
+@pytest.fixture
+async def played() -> AsyncIterator[Played]:
+    made = Played()
+    yield made
+    made.enclave.close()
+    made.agent._stop_listening()
+
+
+async def test_what_the_enclave_tells_reaches_who_waits(played: Played) -> None:
+    agent, wanted = played.agent, asyncio.Event()
+    lanes: list[int] = []
+    agent.on_vm_wanted = lambda lane: (lanes.append(lane), wanted.set())[0]  # type: ignore[func-returns-value]
+    facts = PeerEstablished("name", "fingerprint", "TLSv1.3", "group", "cipher")
+    closed = LanesClosed(DIGEST, 3, 4)
+    for call in (facts, LanesOpen(), Counters(1, 2), VmWanted(5), closed, PeerFinished()):
+        played.enclave.send(call)
+    assert await agent.wait(agent.established, 5, "peer.slow", "") == facts
+    assert await agent.wait(agent.lanes_open, 5, "peer.slow", "") == LanesOpen()
+    await wanted.wait()
+    assert lanes == [5]
+    assert await agent.wait(agent.lanes_closed, 5, "peer.slow", "") == closed
+    assert agent.counters == Counters(3, 4)
+    await agent.wait(agent.finished, 5, "peer.slow", "")
+
+
+async def test_the_first_failure_counts(played: Played) -> None:
+    for code in ("lane.integrity", "lane.cut"):
+        played.enclave.send(Failed(code, code, by_peer=False))
+    played.enclave.close()
+    with pytest.raises(PeerError) as raised:
+        await played.agent.wait(played.agent.lanes_open, 5, "peer.slow", "")
+    assert raised.value.code == "lane.integrity"
+
+
+async def test_a_message_that_was_heard_before_the_failure_is_not_lost(played: Played) -> None:
+    """A ticket's answer counts, even where the channel broke right behind it."""
+    played.enclave.send(Message(Loaded(digest=DIGEST).model_dump_json()))
+    played.enclave.send(Failed("peer.closed", "", by_peer=False))
+    await played.agent.failed
+    assert await played.agent.expect(Loaded, 5) == Loaded(digest=DIGEST)
+    with pytest.raises(PeerError, match=r"peer\.closed"):
+        await played.agent.expect(Loaded, 5)
+
+
+async def test_time_passes_and_the_shared_future_lives_on(played: Played) -> None:
+    agent = played.agent
+    with pytest.raises(PeerError, match=r"no handshake within 0 s \[peer.slow\]"):
+        await agent.wait(agent.established, 0.001, "peer.slow", "handshake")
+    assert not agent.established.cancelled()
+    with pytest.raises(PeerError, match=r"no word within 0 s \[peer.slow\]"):
+        await agent.next_message(0.001, "word")
+    played.enclave.send(Message(Prepared(multifd_channels=0).model_dump_json()))
+    assert await agent.next_message(5, "word") == Prepared(multifd_channels=0)
+
+
+async def test_a_message_out_of_turn(played: Played) -> None:
+    played.enclave.send(Message(Prepared(multifd_channels=0).model_dump_json()))
+    with pytest.raises(PeerError, match="`prepared` came out of turn"):
+        await played.agent.expect(Loaded, 5)
+
+
+async def test_messages_that_wait_are_bounded(played: Played) -> None:
+    for _ in range(17):
+        played.enclave.send(Message("{}"))
+    assert (await played.agent.failed).code == "peer.message"
+
+
+@pytest.mark.parametrize("packet", [b"nonsense", b"{}", b'{"call": "Failed"}'])
+async def test_an_enclave_that_speaks_nonsense(played: Played, packet: bytes) -> None:
+    played.enclave.connection.send(packet)
+    assert (await played.agent.failed).code == "enclave.died"
+
+
+async def test_an_unknown_code_of_a_newer_peer_is_an_error_all_the_same(played: Played) -> None:
+    played.enclave.send(Failed("lane.from-the-future", "words", by_peer=True))
+    assert (await played.agent.failed).code == "internal.error"
+
+
+async def test_an_enclave_that_takes_no_calls(played: Played) -> None:
+    def flood() -> None:
+        for _ in range(100_000):
+            played.agent.call(SendMessage("x" * 1000))
+
+    with pytest.raises(HostError, match=r"enclave\.slow"):
+        flood()
+
+
+async def test_an_abort_carries_code_and_detail(played: Played) -> None:
+    played.agent.abort(make_error("migration.cancelled"))
+    received = played.enclave.receive()
+    assert received == (Abort("migration.cancelled", "the migration was cancelled"), [])
+
+
+async def test_uninterrupted_work_ends_however_often_its_caller_is_cancelled() -> None:
+    goes_on, begun = asyncio.Event(), asyncio.Event()
+
+    async def work() -> str:
+        begun.set()
+        await goes_on.wait()
+        return "done"
+
+    caller = asyncio.create_task(uninterrupted(work()))
+    await begun.wait()
+    for _ in range(3):
+        caller.cancel()
+        await asyncio.wait({caller}, timeout=0)
+        assert not caller.done()
+    goes_on.set()
+    assert await caller == "done"
