@@ -55,6 +55,10 @@ TCP_KEEPALIVE_PROBES: Final = 5
 # Unacknowledged data for this long means that the peer is gone (RFC 5482).
 TCP_USER_TIMEOUT_MS: Final = 20_000
 
+# TCP congestion control of lanes. Where the system's default paces by timers (bbr), a lane costs 0.1 to 0.2 core-seconds a GB
+# more at each end (docs/performance.md); a long thin line between sites may still want bbr: it is a setting.
+CONGESTION_CONTROL: Final = "cubic"
+
 # AES-256-GCM: NIST SP 800-38D and RFC 8446 5.5 bound the blocks under one key. A record of 512 KiB has 2^15 blocks and one for
 # the tag; a key used for 2^18 records covers less than 2^34 blocks, which keeps the distinguishing advantage (blocks^2 / 2^128)
 # below 2^-60. Then both ends move to the next key by themselves, 128 GiB further on.

@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from typing import Final
 
 from sealane.crypto.aead import CIPHER_NAME
@@ -49,8 +50,8 @@ from sealane.session.preface import ConnectionKind, Preface, encode_preface
 GRACE_S: Final = 2.0
 COUNTERS_EVERY_S: Final = 0.25
 _CHANNEL_READ_BYTES: Final = 64 * 1024
-# A break that the peer may explain better than we can.
-_SECONDARY: Final = frozenset({"lane.cut", "lane.truncated", "peer.closed"})
+# A break that the peer, or the agent beside us, may explain better than we can.
+_SECONDARY: Final = frozenset({"lane.cut", "lane.truncated", "peer.closed", "migration.destination-died"})
 
 
 class EnclaveOver(Exception):
@@ -293,7 +294,7 @@ class Enclave:
     def _summary(self) -> LanesClosed:
         used = resource.getrusage(resource.RUSAGE_SELF)
         return LanesClosed(
-            self._digest(), *self._count(), cpu_s=used.ru_utime + used.ru_stime, peak_rss_bytes=used.ru_maxrss * 1024
+            self._digest(), *self._count(), cpu_s=used.ru_utime + used.ru_stime, peak_rss_bytes=_peak_rss_bytes()
         )
 
     def _digest(self) -> str:
@@ -336,6 +337,14 @@ class Enclave:
             if end is not None:
                 end.close()
         self._calls.close()
+
+
+def _peak_rss_bytes() -> int:
+    """VmHWM of proc(5); getrusage's maximum would count what the agent held before it became this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def main(descriptor: int) -> None:

@@ -57,6 +57,14 @@ class Settings(Model):
     port: Annotated[int, Field(ge=0, le=65535, description="TCP port for peers; 0 takes any free one (tests).")] = (
         limits.DEFAULT_PORT
     )
+    congestion_control: Annotated[
+        str,
+        Field(
+            max_length=15,
+            pattern=r"^[a-z0-9_]*$",
+            description="TCP congestion control of lanes where the kernel has it; empty keeps the system's.",
+        ),
+    ] = limits.CONGESTION_CONTROL
     log: Annotated[
         Literal["auto", "json", "text"], Field(description="Log format; auto is text on a terminal and JSON elsewhere.")
     ] = "auto"

@@ -47,7 +47,8 @@ PROGRESS_EVERY_S: Final = 0.5
 # The source may want to ask a hook and write its journal between our `loaded` and its ticket.
 _TICKET_WAIT_S: Final = LOADED_TIMEOUT_S
 _GOODBYE_WAIT_S: Final = 5.0
-_REASON_WAIT_S: Final = 2.5
+# An enclave that closed the lanes says at once why; the source waits longer for our word than we for its.
+_REASON_WAIT_S: Final = 0.7
 
 
 class Reception:

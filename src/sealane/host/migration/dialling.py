@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sealane.errors import HostError, PeerError
 from sealane.limits import (
+    RECORD_PAYLOAD_MAX,
     TCP_KEEPALIVE_IDLE_S,
     TCP_KEEPALIVE_INTERVAL_S,
     TCP_KEEPALIVE_PROBES,
@@ -18,8 +19,14 @@ _DIAL_TIMEOUT_S = 10.0
 _DIRECTORIES = "m"
 
 
-def tune(connection: socket.socket) -> None:
-    """No delay for small records, and a vanished peer is noticed (RFC 9293 3.8.4, RFC 5482)."""
+def tune(connection: socket.socket, congestion_control: str) -> None:
+    """No delay for small records, a vanished peer is noticed (RFC 9293 3.8.4, RFC 5482), no pacing unless wanted.
+
+    A congestion control that this kernel does not have, or does not let this user take, leaves the system's.
+    """
+    if congestion_control:
+        with contextlib.suppress(OSError):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion_control.encode())
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, TCP_KEEPALIVE_IDLE_S)
@@ -28,7 +35,7 @@ def tune(connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, TCP_USER_TIMEOUT_MS)
 
 
-async def dial_peer(address: str, port: int) -> socket.socket:
+async def dial_peer(address: str, port: int, congestion_control: str = "") -> socket.socket:
     """A TCP connection to a peer's agent; raises `peer.unreachable`."""
     loop = asyncio.get_running_loop()
     try:
@@ -46,7 +53,7 @@ async def dial_peer(address: str, port: int) -> socket.socket:
         raise PeerError("peer.unreachable", f"{address} port {port}: no answer") from None
     except OSError as error:
         raise PeerError("peer.unreachable", f"{address} port {port}: {error.strerror or error}") from error
-    tune(connection)
+    tune(connection, congestion_control)
     return connection
 
 
@@ -55,6 +62,7 @@ async def dial_vm(path: Path) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.setblocking(False)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * RECORD_PAYLOAD_MAX)
         await asyncio.get_running_loop().sock_connect(connection, str(path))
     except OSError as error:
         connection.close()

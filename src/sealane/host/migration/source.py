@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -130,10 +131,8 @@ class SourceMigration(Job):
         return vm
 
     async def _meet(self, qemu: QmpMachine) -> EnclaveProcess:
-        if self._peer.address is None:
-            raise ControlError("trust.no-address", f"{self._peer.name} has no address")
         self.update(detail=f"meeting {self._peer.name}")
-        connection = await dial_peer(self._peer.address, self._peer.port or DEFAULT_PORT)
+        connection = await self._dial()
         try:
             self._enclave = enclave = await EnclaveProcess.start()
         except BaseException:
@@ -180,19 +179,23 @@ class SourceMigration(Job):
         return await self._watch(enclave.expect(messages.Prepared, limit))
 
     async def _open_lanes(self, enclave: EnclaveProcess, path: Path, count: int) -> None:
-        assert self._peer.address is not None  # noqa: S101 - checked in _meet
-        port = self._peer.port or DEFAULT_PORT
         connections = []
         listener = listen_for_vm(path, count)
         try:
             for _ in range(count):
-                connections.append(await dial_peer(self._peer.address, port))
+                connections.append(await self._dial())
         except BaseException:
             for each in (listener, *connections):
                 each.close()
             raise
         enclave.call(OpenLanes(), listener, *connections)
         await self._watch(enclave.wait(enclave.lanes_open, LANE_OPEN_TIMEOUT_S, "peer.slow", "answer on the lanes"))
+
+    async def _dial(self) -> socket.socket:
+        if self._peer.address is None:
+            raise ControlError("trust.no-address", f"{self._peer.name} has no address")
+        port = self._peer.port or DEFAULT_PORT
+        return await dial_peer(self._peer.address, port, self._context.settings.congestion_control)
 
     # ---- while QEMU copies
 
