@@ -7,10 +7,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from cryptography import x509
-from OpenSSL import SSL, crypto
+from OpenSSL import SSL
 
 from sealane.crypto.aead import CIPHER_NAME
-from sealane.crypto.identity import Identity, create_identity
+from sealane.crypto.identity import Identity, create_identity, load_key
 from sealane.crypto.tls import Side, TlsConnection
 from sealane.errors import PeerError
 from sealane.session.channel import Channel, Event, FrameKind, Hello, Role, encode_frame
@@ -123,7 +123,7 @@ def old_peer(side: Side, identity: Identity) -> SSL.Connection:
     context = SSL.Context(SSL.TLS_METHOD)
     context.set_max_proto_version(SSL.TLS1_2_VERSION)
     context.use_certificate(x509.load_pem_x509_certificate(identity.certificate_pem))
-    context.use_privatekey(crypto.load_privatekey(crypto.FILETYPE_PEM, identity.key_pem))
+    context.use_privatekey(load_key(identity.key_pem))
     connection = SSL.Connection(context, None)
     if side == "client":
         connection.set_connect_state()

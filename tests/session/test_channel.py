@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from OpenSSL import SSL
 
-from sealane.crypto.identity import create_identity
+from sealane.crypto.identity import Identity, create_identity
 from sealane.crypto.tls import PREFERRED_GROUP, Side, TlsConnection
 from sealane.errors import ControlError, InternalError, PeerError, make_error
 from sealane.limits import CHANNEL_MESSAGE_MAX, KIB
@@ -25,6 +25,7 @@ from sealane.session.channel import (
     encode_frame,
 )
 from tests.seal.rig import PROPERTY
+from tests.session.impostor import first_flight
 from tests.session.rig import (
     DAY,
     DESTINATION,
@@ -170,6 +171,28 @@ def test_a_certificate_is_valid_to_its_last_second(role: Role) -> None:
         made = {role: channel(role, now=now), other: channel(other)}
         ends = dict(zip(ROLES, converse(made["source"], made["destination"]), strict=True))
         assert ends[role].code == code
+
+
+def test_a_trusted_certificate_without_its_key_is_worth_nothing() -> None:
+    def meets(signing: Identity | None) -> End:
+        end = End(channel("source"))
+        end.take(first_flight(end.channel.bytes_to_send(), shown=DESTINATION, signing=signing))
+        return end
+
+    honest = meets(DESTINATION)  # the impostor's own TLS is right: with the key, the source sends its hello
+    assert honest.error is None
+    assert len(honest.channel.bytes_to_send()) > 500
+    for signing in (STRANGER, SOURCE, None):
+        end = meets(signing)
+        assert end.code == "peer.tls"
+        assert end.events == []
+        assert len(end.channel.bytes_to_send()) < 100  # an alert; no hello
+
+
+def test_a_certificate_with_the_trusted_name_and_another_key_is_unknown() -> None:
+    twin = create_identity("destination", now=NOW)
+    source, _ = converse(channel("source"), channel("destination", identity=twin))
+    assert source.code == "peer.unknown"
 
 
 # ---- peers that do not speak TLS 1.3, or not at all

@@ -38,7 +38,7 @@ def fingerprint(certificate_der: bytes) -> str:
 
 def create_identity(name: str, *, now: datetime, lifetime_days: int = 3650, key_pem: bytes | None = None) -> Identity:
     """A certificate from an hour before `now` (clocks differ), for a new key or for the given one."""
-    key = Ed25519PrivateKey.generate() if key_pem is None else _load_key(key_pem)
+    key = Ed25519PrivateKey.generate() if key_pem is None else load_key(key_pem)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     certificate = (
         x509.CertificateBuilder()
@@ -84,7 +84,8 @@ def load_identity(paths: Paths) -> Identity:
         raise HostError("host.identity-missing", f"the identity in {paths.state} cannot be read: {error}") from error
 
 
-def _load_key(pem: bytes) -> Ed25519PrivateKey:
+def load_key(pem: bytes) -> Ed25519PrivateKey:
+    """An identity's private key; raises ValueError where it is none, or of another kind."""
     key = serialization.load_pem_private_key(pem, password=None)
     if not isinstance(key, Ed25519PrivateKey):
         raise ValueError("not an Ed25519 key")
@@ -93,7 +94,7 @@ def _load_key(pem: bytes) -> Ed25519PrivateKey:
 
 def load_identity_pem(key_pem: bytes, certificate_pem: bytes) -> Identity:
     """Key and certificate (PEM) as an identity; raises ValueError where they do not belong together."""
-    key = _load_key(key_pem)
+    key = load_key(key_pem)
     certificate = x509.load_pem_x509_certificate(certificate_pem)
     raw = (serialization.Encoding.Raw, serialization.PublicFormat.Raw)
     certified = certificate.public_key().public_bytes(*raw)

@@ -12,9 +12,9 @@ from typing import Final, Literal
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from OpenSSL import SSL, crypto
+from OpenSSL import SSL
 
-from sealane.crypto.identity import Identity, fingerprint
+from sealane.crypto.identity import Identity, fingerprint, load_key
 from sealane.errors import InternalError, PeerError
 
 Side = Literal["client", "server"]
@@ -37,7 +37,7 @@ class TlsConnection:
         context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
         context.set_options(SSL.OP_NO_TICKET)
         context.use_certificate(x509.load_pem_x509_certificate(identity.certificate_pem))
-        context.use_privatekey(crypto.load_privatekey(crypto.FILETYPE_PEM, identity.key_pem))
+        context.use_privatekey(load_key(identity.key_pem))
         # The callback accepts any chain: see the module's first paragraph.
         context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, lambda *_: True)
         self._connection = SSL.Connection(context, None)
