@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sealane.crypto.tls import TlsConnection
 from sealane.enclave.interface import (
     Abort,
     AcceptLane,
@@ -26,8 +27,9 @@ from sealane.enclave.interface import (
 )
 from sealane.limits import CHANNEL_MESSAGE_MAX
 from sealane.seal.records import OVERHEAD_BYTES
+from sealane.session.channel import FrameKind, encode_frame
 from tests.enclave.rig import Pair, open_descriptors, passing, receive_exactly, tcp_pair, two_enclaves
-from tests.session.rig import DESTINATION, SOURCE, STRANGER
+from tests.session.rig import DESTINATION, SOURCE, STRANGER, hello_of
 
 
 @pytest.fixture
@@ -224,6 +226,27 @@ def test_damage_on_an_established_channel(pair: Pair) -> None:
     failed = pair.destination.until(Failed)
     assert (failed.code, failed.by_peer) == ("peer.tls", False)
     assert pair.destination.ends() == (0, "")
+
+
+@pytest.mark.parametrize(
+    "payload", [b'"' * CHANNEL_MESSAGE_MAX, b"\xff" * CHANNEL_MESSAGE_MAX], ids=["quotes", "bytes"]
+)
+def test_a_message_that_grows_beyond_a_call_is_the_peers_fault(pair: Pair, payload: bytes) -> None:
+    """A trusted peer that does not behave: its message fits a frame, and its JSON does not fit a packet to the agent."""
+    here, there = tcp_pair()
+    pair.begin(pair.destination, there)
+    tls = TlsConnection(SOURCE, "client")
+    tls.start()
+    while not tls.established:
+        here.sendall(tls.bytes_to_send())
+        tls.receive(here.recv(65_536))
+    tls.send(encode_frame(FrameKind.HELLO, hello_of("source").encode()))
+    tls.send(encode_frame(FrameKind.MESSAGE, payload))
+    here.sendall(tls.bytes_to_send())
+    failed = pair.destination.until(Failed)
+    assert (failed.code, failed.by_peer) == ("peer.message", False)
+    assert pair.destination.ends() == (0, "")
+    here.close()
 
 
 def test_a_cut_lane(pair: Pair) -> None:

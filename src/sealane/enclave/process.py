@@ -201,12 +201,18 @@ class Enclave:
                         )
                     )
                 case MessageReceived():
-                    self._tell(Message(event.payload.decode("utf-8", "replace")))
+                    self._tell_message(event.payload)
                 case PeerRefused():
                     self._end(event.error, by_peer=True)
                 case PeerSaidBye():
                     self._tell(PeerFinished())
                     self._stop_reading()
+
+    def _tell_message(self, payload: bytes) -> None:
+        try:
+            self._tell(Message(payload.decode()))
+        except (UnicodeDecodeError, InternalError):
+            raise PeerError("peer.message", "the peer's message is no text, or too long once it is quoted") from None
 
     def _stop_reading(self) -> None:
         with contextlib.suppress(KeyError, ValueError):
