@@ -111,7 +111,7 @@ def test_both_sides_at_once(rig: Rig) -> None:
 def test_link_stalls_and_goes_on(rig: Rig, lane: int) -> None:
     with rig.wiretap([on_record(lane=lane, which={0: 2, 1: 20}[lane], change=stall)]) as wire:
         assert wire is not None
-        begun = rig.begin()
+        begun = rig.begin(**SLOWLY)
         assert wire.stalled.wait(20.0)
         rig.guest.wait_ticks(10)
         wire.release()
@@ -125,7 +125,7 @@ def test_link_stalls_and_goes_on(rig: Rig, lane: int) -> None:
 def test_cancel_while_the_link_stalls(rig: Rig) -> None:
     with rig.wiretap([on_record(lane=1, which=20, change=stall)]) as wire:
         assert wire is not None
-        begun = rig.begin()
+        begun = rig.begin(**SLOWLY)
         assert wire.stalled.wait(20.0)
         cancel(rig.home, begun)
         last = rig.follow(begun, None, "", 0)

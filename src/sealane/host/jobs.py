@@ -90,6 +90,7 @@ class Job(ABC):
         self.cancelled = False
         self.cancel_code = "migration.cancelled"
         self.ended = asyncio.Event()
+        self.end_is_journalled = True
         self.task: asyncio.Task[None] | None = None
         self._migration = migration
         self._subscriptions: set[Subscription] = set()
@@ -129,7 +130,8 @@ class Job(ABC):
     def end(self, **changes: Any) -> Migration:
         """The last word: journalled, and told as the "end" event. A second call changes nothing.
 
-        If the journal fails now, the end is told all the same, and the next agent's recovery finds the entry before it.
+        If the journal fails now, the end is told all the same; `Jobs` writes it when it next can, and an agent that
+        ends before finds the entry before it.
         """
         if self.ended.is_set():
             return self._migration
@@ -137,6 +139,7 @@ class Job(ABC):
         try:
             self.store.journal(self._migration)
         except SealaneError as error:
+            self.end_is_journalled = False
             self.log.error("the end was not journalled", code=error.code, detail=error.detail)
         self.ended.set()
         self._publish("end")
@@ -213,6 +216,7 @@ class Jobs:
         self._migrations_max = migrations_max
         self._live: dict[str, Job] = {}
         self._left_over: dict[str, Migration] = {}
+        self._unwritten: dict[str, Migration] = {}  # ends that the journal did not take
         self._stopping = False
 
     def begin(
@@ -230,6 +234,7 @@ class Jobs:
         Raises `vm.busy`, `peer.busy` (this host's limit), `agent.stopping`, and the store's errors.
         """
         self._check_room(vm)
+        self._write_ends()
         migration = Migration(
             id=id or secrets.token_hex(16),
             number=self._store.next_number(),
@@ -257,10 +262,18 @@ class Jobs:
         if len(self._live) >= self._migrations_max:
             raise make_error("peer.busy", f"this host is at its limit of {self._migrations_max} migrations")
 
+    def _write_ends(self) -> None:
+        """Journal what could not be journalled when it happened; raises as the store does."""
+        for migration in list(self._unwritten.values()):
+            self._store.journal(migration)
+            del self._unwritten[migration.id]
+
     def _forget(self, job: Job) -> None:
         self._live.pop(job.id, None)
         if not job.ended.is_set():  # its task was cancelled before the first step
             job.fail(make_error(job.cancel_code))
+        if not job.end_is_journalled:
+            self._unwritten[job.id] = job.migration
         if State(job.migration.state) not in ENDED:
             self._left_over[job.id] = job.migration
 
@@ -305,7 +318,9 @@ class Jobs:
 
     def _newest(self, journalled: Migration) -> Migration:
         job = self._live.get(journalled.id)
-        return job.migration if job else self._left_over.get(journalled.id, journalled)
+        if job:
+            return job.migration
+        return self._left_over.get(journalled.id) or self._unwritten.get(journalled.id, journalled)
 
     async def events(self, reference: str) -> AsyncIterator[Event]:
         """The events of a migration to its end; of one that no job runs: its state, and that this is all."""
@@ -367,3 +382,5 @@ class Jobs:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=max(grace_s, 1.0))
+        with contextlib.suppress(SealaneError):
+            self._write_ends()

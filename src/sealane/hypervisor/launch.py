@@ -273,13 +273,13 @@ def _spawn(argv: Sequence[str], log_path: Path) -> _Child:
     return child
 
 
-def last_words(log_path: Path) -> str:
-    """The last line that a launched QEMU wrote."""
+def last_words(log_path: Path, lines: int = 1) -> str:
+    """The last line that a launched QEMU wrote, or the last few."""
     try:
         with open(log_path, "rb") as log:
             log.seek(max(0, os.fstat(log.fileno()).st_size - LOG_TAIL_BYTES))
-            lines = log.read().decode(errors="replace").split("\n")
+            said = log.read().decode(errors="replace").split("\n")
     except OSError:
-        lines = []
-    words = [line.strip() for line in lines if line.strip()]
-    return words[-1] if words else "it printed nothing"
+        said = []
+    words = [line.strip() for line in said if line.strip()]
+    return "; ".join(words[-lines:]) or "it printed nothing"

@@ -194,7 +194,8 @@ class QmpMachine:
         """Close the connection; the VM is left as it is."""
         if self._watcher is None:
             return
-        self._watcher.cancel()
+        if self._client.runstate is Runstate.RUNNING:  # else it is tidying up already, and must not be disturbed
+            self._watcher.cancel()
         await asyncio.wait([self._watcher])
         if not self.is_closed:  # cancelled before its first step
             await self._disconnect()

@@ -351,7 +351,9 @@ class DestinationMigration(Job):
         if self._enclave.failed.done():
             return self._enclave.failed.result()
         if reason.code == "vm.unreachable" and self._launched is not None:
-            return make_error("migration.destination-died", f"QEMU ended in mid-stream; {last_words(self._log_path)}")
+            return make_error(
+                "migration.destination-died", f"QEMU ended in mid-stream; {last_words(self._log_path, 2)}"
+            )
         return reason
 
     async def _destroy(self) -> None:
