@@ -258,6 +258,15 @@ def test_a_cut_lane(pair: Pair) -> None:
         assert enclave.ends() == (0, "")
 
 
+def test_a_peers_reason_is_preferred_to_a_broken_lane(pair: Pair) -> None:
+    pair.meet()
+    pair.open_lanes(1)
+    pair.held[0].shutdown(socket.SHUT_RDWR)
+    pair.destination.call(Abort("migration.destination-died", "QEMU ended"))
+    failed = pair.source.until(Failed)
+    assert failed == Failed("migration.destination-died", "the peer says: QEMU ended", by_peer=True)
+
+
 def _flip_at(position: int) -> Callable[[int, bytes], bytes]:
     def change(offset: int, data: bytes) -> bytes:
         if not offset <= position < offset + len(data):

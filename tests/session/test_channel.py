@@ -1,10 +1,14 @@
 """The channel, as transcripts of both ends in memory."""
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Callable
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.hashes import SHA256
 from hypothesis import given
 from hypothesis import strategies as st
 from OpenSSL import SSL
@@ -92,6 +96,15 @@ def test_migration_secrets_are_equal_here_and_different_elsewhere() -> None:
         assert len(one) == 32
         secrets.append(one)
     assert len(set(secrets)) == 3
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_the_secret_is_the_exporters_over_both_hellos(role: Role) -> None:
+    peer = puppet(role)
+    end = peer.say(FrameKind.HELLO, hello_of(role).encode())
+    hellos = hello_of("source").encode() + hello_of("destination").encode()
+    by_hand = peer.tls.export(b"EXPORTER-sealane-lanes", hashlib.sha256(hellos).digest(), 32)
+    assert end.channel.migration_secret() == by_hand
 
 
 def test_no_secret_and_no_message_before_the_hellos() -> None:
@@ -187,6 +200,29 @@ def test_a_trusted_certificate_without_its_key_is_worth_nothing() -> None:
         assert end.code == "peer.tls"
         assert end.events == []
         assert len(end.channel.bytes_to_send()) < 100  # an alert; no hello
+
+
+def test_a_trusted_certificate_with_a_key_of_another_kind_is_refused() -> None:
+    key = generate_private_key(SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "curve")])
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, NOW - DAY, NOW + DAY).sign(key, SHA256())
+    )  # fmt: skip
+    trusted = "SHA256:" + certificate.fingerprint(SHA256()).hex()
+    context = SSL.Context(SSL.TLS_METHOD)
+    context.use_certificate(certificate)
+    context.use_privatekey(key)
+    peer = SSL.Connection(context, None)
+    peer.set_connect_state()
+    end = End(channel("destination", trusted={trusted: "curve"}))
+    while end.error is None:
+        with contextlib.suppress(SSL.WantReadError):
+            peer.do_handshake()
+        end.take(peer.bio_read(64 * KIB))
+        if there := end.channel.bytes_to_send():
+            peer.bio_write(there)
+    assert end.code == "peer.tls"
+    assert "no Ed25519 key" in end.error.detail
 
 
 def test_a_certificate_with_the_trusted_name_and_another_key_is_unknown() -> None:
