@@ -1,5 +1,6 @@
 """`python -m sealane.enclave DESCRIPTOR`: started by the agent, never by hand."""
 
+import gc
 import sys
 
 from sealane.enclave.hardening import harden
@@ -7,4 +8,5 @@ from sealane.enclave.process import main
 
 if __name__ == "__main__":
     harden()
+    gc.disable()  # one migration long: what its few cycles hold is less than looking for them in mid-stream costs
     main(int(sys.argv[1]))
