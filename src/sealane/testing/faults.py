@@ -133,16 +133,16 @@ def on_record(*, lane: int, which: int | Kind, change: Change, direction: Direct
     return RecordTamper(act)
 
 
-def on_channel(*, armed: threading.Event, change: Change, direction: Direction) -> RecordTamper:
-    """Replace the first TLS record of the channel that passes once `armed` is set."""
-    done = False
+def on_channel(*, armed: threading.Event, change: Change, direction: Direction, number: int = 0) -> RecordTamper:
+    """Replace one TLS record of the channel: the first, or a later one, of those that pass once `armed` is set."""
+    passed = 0
 
     def act(record: SeenRecord) -> bytes:
-        nonlocal done
-        if done or record.lane is not None or record.direction != direction or not armed.is_set():
+        nonlocal passed
+        if record.lane is not None or record.direction != direction or not armed.is_set():
             return record.data
-        done = True
-        return change(record.data)
+        passed += 1
+        return change(record.data) if passed == number + 1 else record.data
 
     return RecordTamper(act)
 
