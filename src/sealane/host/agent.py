@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import fcntl
-import importlib
 import io
 import os
 import signal
@@ -22,8 +21,10 @@ from sealane.errors import SealaneError, make_error
 from sealane.host.api import create_app
 from sealane.host.config import VMS_FILE, Settings
 from sealane.host.jobs import Job, Jobs
+from sealane.host.listener import PeerListener
 from sealane.host.logs import configure_logs
 from sealane.host.migration.dialling import remove_socket_directories
+from sealane.host.migration.source import SourceMigration
 from sealane.host.models import Host, Migration, MigrationRequest, Peer, VmDefinition
 from sealane.host.notify import notify
 from sealane.host.peers import Peers
@@ -54,16 +55,7 @@ MakeSource = Callable[["Agent", MigrationRequest, VmDefinition, Peer, Migration]
 
 
 def _make_listener(agent: "Agent") -> Listener:
-    # by name: the listener and the migrations import this module's Agent, not the other way round
-    listener: Listener = importlib.import_module("sealane.host.listener").PeerListener(agent, agent.settings)
-    return listener
-
-
-def _make_source(agent: "Agent", request: MigrationRequest, vm: VmDefinition, peer: Peer, migration: Migration) -> Job:
-    source: Job = importlib.import_module("sealane.host.migration.source").SourceMigration(
-        agent, request, vm, peer, migration
-    )
-    return source
+    return PeerListener(agent, agent.settings)
 
 
 class Agent:
@@ -75,7 +67,7 @@ class Agent:
         settings: Settings,
         *,
         make_listener: MakeListener = _make_listener,
-        make_source: MakeSource = _make_source,
+        make_source: MakeSource = SourceMigration,
     ) -> None:
         self.paths = paths
         self.settings = settings
