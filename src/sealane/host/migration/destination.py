@@ -149,7 +149,7 @@ class DestinationMigration(Job):
         self._handover = Handover(Role.DESTINATION)
         self._launched: LaunchedMachine | None = None
         self._log_path = context.paths.state / "log" / f"{vm.name}.log"
-        self._has_ticket = False
+        self._loaded_told = False
         self._main_attached = asyncio.Event()
         self._attaching: set[asyncio.Task[None]] = set()
         self._begun = time.monotonic()
@@ -176,9 +176,9 @@ class DestinationMigration(Job):
             self._step(Input.PREPARED, detail="the VM's memory comes in", multifd_channels=channels)
             digest = await self._load(qemu)
             self._step(Input.VM_STOPPED, detail="everything came and is loaded, paused")
+            self._loaded_told = True
             self._enclave.call(SendMessage(messages.Loaded(digest=digest).model_dump_json()))
             ticket = await self._enclave.expect(messages.Ticket, _TICKET_WAIT_S)
-            self._has_ticket = True
             self._check_ticket(ticket, digest)
             await self._take_over(qemu, ticket)
 
@@ -309,7 +309,7 @@ class DestinationMigration(Job):
         if self._handover.may_resume_here:
             await self._refuse_or_keep(reason)
             return
-        if self._has_ticket:  # the source has given the VM up: only our word brings it back there
+        if self._loaded_told:  # the source may have given the VM up already: only our word brings it back there
             await self._refuse(reason)
             self.end(state="aborted", runs_at="source", problem=problem_of(reason))
             return

@@ -290,12 +290,16 @@ class SourceMigration(Job):
             raise PeerError("peer.message", "something else came instead of the receipt")
         enclave.finish()
         self._handover.step(Input.RECEIPT)
-        self.journal(state="completed", runs_at="destination", detail="", result=self._result(answer))
+        done: dict[str, Any] = {"state": "completed", "runs_at": "destination", "detail": "", "result": self._result(answer)}
+        try:
+            self.journal(**done)
+        except SealaneError as error:  # the VM is away all the same; `end` writes it down as soon as it can
+            self.log.error("the receipt was not journalled", code=error.code, detail=error.detail)
         try:
             await qemu.quit()
         except SealaneError as error:
             self.log.warning("the paused copy did not end", code=error.code, detail=error.detail)
-        self.end()
+        self.end(**done)
 
     def _result(self, receipt: messages.Receipt) -> Result:
         times = self._times
