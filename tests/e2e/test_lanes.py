@@ -37,7 +37,7 @@ CODES: dict[Part, str] = {
 }
 
 
-@pytest.mark.parametrize("part", ["kind", "identifier", "sequence", "tag"])
+@pytest.mark.parametrize("part", ["kind", "identifier", "tag"])
 @pytest.mark.parametrize("lane", [0, 1, 2])
 def test_bit_flipped_at_start(rig: Rig, lane: int, part: Part) -> None:
     attempt = rig.attempt(on_record(lane=lane, which=START, change=flip(part)))
@@ -64,7 +64,7 @@ def test_length_changed(rig: Rig, lane: int) -> None:
     rig.assert_aborted(attempt, *codes, destination=codes)
 
 
-@pytest.mark.parametrize("part", ["kind", "identifier", "sequence", "tag"])
+@pytest.mark.parametrize("part", ["kind", "identifier", "tag"])
 @pytest.mark.parametrize("lane", [0, 1, 2])
 def test_bit_flipped_at_the_end(rig: Rig, lane: int, part: Part) -> None:
     attempt = rig.attempt(on_record(lane=lane, which=Kind.CLOSE, change=flip(part)))
