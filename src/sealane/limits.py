@@ -59,7 +59,29 @@ TCP_USER_TIMEOUT_MS: Final = 20_000
 # more at each end (docs/performance.md); a long thin line between sites may still want bbr: it is a setting.
 CONGESTION_CONTROL: Final = "cubic"
 
+# A lane's receive window: what a line of this rate holds for one round trip, and at least two records. More would only be
+# memory that must drain while the VM is paused.
+LANE_RATE_MAX_BYTES_PER_S: Final = 5_000_000_000
+LANE_WINDOW_MIN: Final = 2 * RECORD_PAYLOAD_MAX
+
 # AES-256-GCM: NIST SP 800-38D and RFC 8446 5.5 bound the blocks under one key. A record of 512 KiB has 2^15 blocks and one for
 # the tag; a key used for 2^18 records covers less than 2^34 blocks, which keeps the distinguishing advantage (blocks^2 / 2^128)
 # below 2^-60. Then both ends move to the next key by themselves, 128 GiB further on.
 RECORDS_PER_KEY: Final = 1 << 18
+
+# QEMU's migration stream (wire/). RAM blocks: a VM has one per memory device, ROM and video memory, some dozens in all.
+WIRE_BLOCKS_MAX: Final = 4096
+# A compressed multifd packet: QEMU's receiver keeps twice MULTIFD_PACKET_SIZE for it (multifd-zstd.c, multifd-zlib.c).
+WIRE_PACKET_PAYLOAD_MAX: Final = 1 * MIB
+# The machine's name in the stream; QEMU's own are some 20 bytes.
+WIRE_MACHINE_NAME_MAX: Final = 1024
+# Capabilities in the stream: QEMU sends those few that both ends must share.
+WIRE_CAPABILITIES_MAX: Final = 256
+# The description of devices at the end: some 100 KiB for a usual machine, more with many devices.
+WIRE_VMDESCRIPTION_MAX: Final = 16 * MIB
+# The largest element that a reader keeps until it is complete: all others are below 128 KiB.
+WIRE_ELEMENT_MAX: Final = WIRE_VMDESCRIPTION_MAX
+# Device state that `sealane debug explain-stream` keeps to walk it: some MiB for usual devices.
+WIRE_DEVICE_STATE_MAX: Final = 256 * MIB
+# Guest memory that `explain-stream --ram-digest` rebuilds: what a large host has; untouched pages of it cost nothing.
+WIRE_REBUILD_MAX: Final = 64 * GIB

@@ -7,21 +7,26 @@ figure.
 
 import argparse
 import json
+import mmap
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 from sealane.bench.movers import WAYS, Run, Way, move
+from sealane.limits import MIB
 from sealane.testing.accel import choose_accel
 from sealane.testing.machine import Hardware, Workload
 from sealane.testing.pair import make_pair
 from sealane.testing.qemu import find_qemu
 
 GB: Final = 1e9
+# Linux reports free pages to the hypervisor two seconds after they were freed (mm/page_reporting.c).
+FREED_MEMORY_SETTLES_S: Final = 4.0
 # (what, unpinned single, unpinned multifd 2, pinned single, pinned multifd 2); the sources are in docs/performance.md
 GOALS: Final = {
     "total / plain": (1.10, 1.25, 1.10, 1.10),
@@ -45,7 +50,13 @@ def main(arguments: Sequence[str]) -> int:
     report = {
         "command": "./run bench " + " ".join(["migrate", *arguments]),
         "machine": machine,
-        "guest": {"memory_mib": options.memory, "fill_mib": options.fill, "fill": "random", "rounds": options.rounds},
+        "guest": {
+            "memory_mib": options.memory,
+            "fill_mib": options.fill,
+            "fill": "random",
+            "rounds": options.rounds,
+            "memory_state": options.memory_state,
+        },
         "summary": summarise(runs, options.channels, pinned=options.pin),
         "runs": [asdict(run) for run in runs],
     }
@@ -68,6 +79,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--channels", type=int, default=2, help="multifd channels (default 2)")
     parser.add_argument("--pin", action="store_true", help="pin each host's processes to a core of its own")
+    parser.add_argument(
+        "--memory-state",
+        choices=("fresh", "warm"),
+        default="fresh",
+        help="what the destination's memory is before each run: `fresh`, as on a host that has not touched it (a pause lets"
+        " a hypervisor below take back what was freed), or `warm`, touched a moment ago",
+    )
     parser.add_argument("--accel", choices=("auto", "kvm", "tcg"), default="auto")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="only these")
     return parser.parse_args(arguments)
@@ -89,12 +107,24 @@ def _measure(options: argparse.Namespace, qemu: Any, accel: Any) -> list[Run]:
         for number in range(options.rounds + 1):
             for channels in (0, options.channels):
                 for way in options.ways:
+                    prepare_memory(options.memory_state, options.memory)
                     run = move(pair, guest, source, destination, way, channels)
                     source, destination = destination, source
                     if number:  # the first round warms caches and is not counted
                         runs.append(run)
                     _say(number, run)
     return runs
+
+
+def prepare_memory(state: str, mebibytes: int) -> None:
+    """Make all ways start alike: with free page reporting, what one run freed is costly or cheap by its age alone."""
+    if state == "fresh":
+        time.sleep(FREED_MEMORY_SETTLES_S)
+        return
+    with mmap.mmap(-1, (mebibytes + 256) * MIB) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        for offset in range(0, len(memory), mmap.PAGESIZE):
+            memory[offset] = 1
 
 
 def _say(number: int, run: Run) -> None:

@@ -175,9 +175,10 @@ class DestinationMigration(Job):
             await self._open_lanes(path, channels)
             self._step(Input.PREPARED, detail="the VM's memory comes in", multifd_channels=channels)
             digest = await self._load(qemu)
-            self._step(Input.VM_STOPPED, detail="everything came and is loaded, paused")
             self._loaded_told = True
             self._enclave.call(SendMessage(messages.Loaded(digest=digest).model_dump_json()))
+            # journalled while the word travels: up to the ticket, copying and switching-over recover alike
+            self._step(Input.VM_STOPPED, detail="everything came and is loaded, paused")
             ticket = await self._enclave.expect(messages.Ticket, _TICKET_WAIT_S)
             self._check_ticket(ticket, digest)
             await self._take_over(qemu, ticket)

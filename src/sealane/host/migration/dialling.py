@@ -4,10 +4,13 @@ import asyncio
 import contextlib
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 from sealane.errors import HostError, PeerError
 from sealane.limits import (
+    LANE_RATE_MAX_BYTES_PER_S,
+    LANE_WINDOW_MIN,
     RECORD_PAYLOAD_MAX,
     TCP_KEEPALIVE_IDLE_S,
     TCP_KEEPALIVE_INTERVAL_S,
@@ -17,22 +20,36 @@ from sealane.limits import (
 
 _DIAL_TIMEOUT_S = 10.0
 _DIRECTORIES = "m"
+_TCP_INFO_BYTES = 104
+_TCPI_RTT = 68
+_WINDOW_MAX = (1 << 31) - 1
 
 
 def tune(connection: socket.socket, congestion_control: str) -> None:
-    """No delay for small records, a vanished peer is noticed (RFC 9293 3.8.4, RFC 5482), no pacing unless wanted.
+    """No delay for small records, a vanished peer is noticed (RFC 9293 3.8.4, RFC 5482), little waits in buffers.
 
-    A congestion control that this kernel does not have, or does not let this user take, leaves the system's.
+    What waits between the two QEMUs when the VM is paused is downtime, and a falsehood in QEMU's estimate of bandwidth.
+    So the sender queues one record beyond what the line holds, and the receiver's window is what the line holds, at
+    least LANE_WINDOW_MIN. A congestion control that this kernel does not have leaves the system's.
     """
     if congestion_control:
         with contextlib.suppress(OSError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion_control.encode())
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, RECORD_PAYLOAD_MAX)
+    window = max(LANE_WINDOW_MIN, int(_round_trip_s(connection) * LANE_RATE_MAX_BYTES_PER_S))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, min(window, _WINDOW_MAX))
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, TCP_KEEPALIVE_IDLE_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, TCP_KEEPALIVE_INTERVAL_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, TCP_KEEPALIVE_PROBES)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, TCP_USER_TIMEOUT_MS)
+
+
+def _round_trip_s(connection: socket.socket) -> float:
+    """What the kernel has measured during connection set-up (tcpi_rtt of struct tcp_info, in microseconds)."""
+    information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+    return int.from_bytes(information[_TCPI_RTT : _TCPI_RTT + 4], sys.byteorder) / 1e6
 
 
 async def dial_peer(address: str, port: int, congestion_control: str = "") -> socket.socket:
@@ -62,7 +79,6 @@ async def dial_vm(path: Path) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.setblocking(False)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * RECORD_PAYLOAD_MAX)
         await asyncio.get_running_loop().sock_connect(connection, str(path))
     except OSError as error:
         connection.close()

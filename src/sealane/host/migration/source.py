@@ -232,10 +232,12 @@ class SourceMigration(Job):
 
     async def _switch_over(self, qemu: QmpMachine) -> None:
         self._times.vm_stopped = self._moment_of("STOP")
-        self._step(Input.VM_STOPPED, detail="the VM is paused, the rest goes over")
+        state = self._handover.step(Input.VM_STOPPED)
+        self.update(state=state.value, detail="the VM is paused, the rest goes over")
         if self._request.switchover_hook:
             await self._watch(self._ask_hook(self._request.switchover_hook))
         await self._watch(qemu.migrate_continue())
+        self.journal()  # while QEMU sends: up to `released`, copying and switching-over recover alike
         await self._watch(qemu.wait_migration({"completed"}, LOADED_TIMEOUT_S))
 
     async def _ask_hook(self, command: list[str]) -> None:
