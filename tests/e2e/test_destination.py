@@ -72,7 +72,7 @@ def test_destination_has_a_wrong_option(rig: Rig) -> None:
     ("words", "code"),
     [
         ({"machine": "pc"}, "check.machine-type"),
-        ({"machine": "pc-q35-7.2"}, "check.machine-type"),
+        ({"machine": "pc-q35-6.2"}, "check.machine-type"),
         ({"m": "128"}, "check.memory"),
         ({"m": "512"}, "check.memory"),
         ({"smp": "2"}, "check.cpus"),
