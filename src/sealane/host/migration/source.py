@@ -292,7 +292,12 @@ class SourceMigration(Job):
             raise PeerError("peer.message", "something else came instead of the receipt")
         enclave.finish()
         self._handover.step(Input.RECEIPT)
-        done: dict[str, Any] = {"state": "completed", "runs_at": "destination", "detail": "", "result": self._result(answer)}
+        done: dict[str, Any] = {
+            "state": "completed",
+            "runs_at": "destination",
+            "detail": "",
+            "result": self._result(answer),
+        }
         try:
             self.journal(**done)
         except SealaneError as error:  # the VM is away all the same; `end` writes it down as soon as it can
