@@ -79,6 +79,8 @@ async def dial_vm(path: Path) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.setblocking(False)
+        # two records: QEMU reads 32 KiB at a time, and each time this buffer runs full costs a switch of tasks
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * RECORD_PAYLOAD_MAX)
         await asyncio.get_running_loop().sock_connect(connection, str(path))
     except OSError as error:
         connection.close()
