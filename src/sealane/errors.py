@@ -64,6 +64,18 @@ class PeerError(SealaneError):
     http_status = 502
 
 
+class WireError(PeerError):
+    """A peer's QEMU sent bytes that are no migration stream: at `offset` of its connection, inside `section`."""
+
+    def __init__(
+        self, code: str, detail: str = "", *, mend: str | None = None, offset: int = 0, section: str = ""
+    ) -> None:
+        place = f"at offset {offset}{f' in {section}' if section else ''}"
+        super().__init__(code, f"{detail or CATALOGUE[code].summary} ({place})", mend=mend)
+        self.offset = offset
+        self.section = section
+
+
 class HostError(SealaneError):
     """This host cannot do it: disk, memory, permissions, QEMU."""
 
@@ -91,6 +103,8 @@ class InternalError(SealaneError):
 _HOST_RUNS = "nothing to do; the VM was not touched"
 _RETRY = "try again; if it stays, look at `sealane status` and the logs of both agents"
 _NETWORK = "look at the network between the hosts: something on it changed, repeated or dropped bytes"
+
+_STREAM = "compare the QEMU versions of both hosts, and see QEMU's own log at the source"
 
 _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
     UsageError: {
@@ -128,6 +142,9 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         "lane.truncated": Entry("a lane ended without its authenticated close", _NETWORK, True),
         "lane.after-close": Entry("bytes came after a lane's authenticated close", _NETWORK),
         "lane.cut": Entry("a lane's connection broke", _NETWORK, True),
+        "wire.malformed": Entry("the migration stream contradicts its format", _STREAM),
+        "wire.truncated": Entry("the migration stream ended too early", _STREAM, True),
+        "wire.limit": Entry("the migration stream asks for more than any QEMU does", _STREAM),
     },
     HostError: {
         "host.identity-missing": Entry("this host has no identity", "run `sealane init`"),

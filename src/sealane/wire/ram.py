@@ -1,0 +1,315 @@
+"""The records of a RAM section (QEMU's migration/ram.c).
+
+be64 address|flags                                     the address counts in the block, in bytes
+  ZERO            [u8 length, block name] u8 fill      the name only without CONTINUE
+  PAGE            [u8 length, block name] 4096 bytes
+  XBZRLE          [u8 length, block name] u8 1, be16 length, data
+  COMPRESS_PAGE   [u8 length, block name] be32 length, data
+  MEM_SIZE        then for each block: u8 length, name, be64 length [be64 page size] [be64 address]
+  MULTIFD_FLUSH, EOS
+"""
+
+import struct
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from sealane import limits
+from sealane.wire import constants as q
+from sealane.wire.core import Reader
+from sealane.wire.events import (
+    CompressedPage,
+    MemorySize,
+    MultifdFlush,
+    Offsets,
+    PageBatch,
+    Positions,
+    RamBlockListed,
+    RamSectionEnded,
+    XbzrlePage,
+)
+
+_FLAGS: Final = q.TARGET_PAGE_SIZE - 1
+_PAGE: Final = q.RAM_SAVE_FLAG_PAGE | q.RAM_SAVE_FLAG_CONTINUE
+_ZERO: Final = q.RAM_SAVE_FLAG_ZERO | q.RAM_SAVE_FLAG_CONTINUE
+_LENGTHS: Final = {_PAGE: 8 + q.TARGET_PAGE_SIZE, _ZERO: 9}
+# From so many equal records on, the rest of the run is looked at with one strided view instead of one by one.
+_RUN: Final = 6
+# zlib's compressBound of one page, with room for other implementations of it
+_COMPRESSED_MAX: Final = q.TARGET_PAGE_SIZE + 128
+
+_be16 = struct.Struct(">H").unpack_from
+_be32 = struct.Struct(">I").unpack_from
+_be64 = struct.Struct(">Q").unpack_from
+
+
+@dataclass
+class RamLayout:
+    """What the stream said before RAM that changes how blocks are listed.
+
+    `page_sizes` is POSTCOPY_ADVISE's: all blocks' page sizes added up, 0 without postcopy.
+    """
+
+    page_sizes: int = 0
+    has_addresses: bool = False
+    blocks: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def has_large_pages(self) -> bool:
+        """Whether a block may be listed with a page size."""
+        return bool(self.page_sizes & ~q.TARGET_PAGE_SIZE)
+
+
+class RamRecords(Reader):
+    """The states for RAM records; what reads them says by `_ram_ended` what follows an EOS."""
+
+    def __init__(self, *, carry: bool = False) -> None:
+        super().__init__(carry=carry)
+        self.layout = RamLayout()
+        self._block: str | None = None
+        self._unlisted = 0  # bytes of blocks that MEM_SIZE announced and that are still to come
+
+    def _ram_ended(self) -> None:
+        raise NotImplementedError
+
+    def _ram(self, buffer: memoryview, position: int, end: int) -> int:
+        if end - position < 8:
+            return self._want(8)
+        header: int = _be64(buffer, position)[0]
+        flags = header & _FLAGS
+        kind = flags & ~q.RAM_SAVE_FLAG_CONTINUE
+        if kind in (q.RAM_SAVE_FLAG_PAGE, q.RAM_SAVE_FLAG_ZERO):
+            return self._pages(buffer, position, end, header)
+        if kind in (q.RAM_SAVE_FLAG_XBZRLE, q.RAM_SAVE_FLAG_COMPRESS_PAGE):
+            return self._compressed(buffer, position, end, header)
+        raw = buffer[position : position + 8]
+        if flags in (q.RAM_SAVE_FLAG_EOS, q.RAM_SAVE_FLAG_MULTIFD_FLUSH) and header != flags:
+            raise self._malformed(f"a RAM record with flags {flags:#x} and an address")
+        if flags == q.RAM_SAVE_FLAG_EOS:
+            self._emit(RamSectionEnded(raw, self._offset))
+            self._ram_ended()
+        elif flags == q.RAM_SAVE_FLAG_MULTIFD_FLUSH:
+            self._emit(MultifdFlush(raw, self._offset))
+        elif flags == q.RAM_SAVE_FLAG_MEM_SIZE:
+            self._emit(MemorySize(raw, self._offset, header & ~_FLAGS))
+            self._begin_listing(header & ~_FLAGS)
+        else:
+            self._go_opaque(f"a RAM record with flags {flags:#x}, which only other transports or versions have")
+            return self._state(buffer, position, end)
+        return 8
+
+    # the list of blocks
+
+    def _begin_listing(self, total: int) -> None:
+        self.layout.blocks.clear()
+        self._unlisted = total
+        if self.layout.has_large_pages and self.layout.has_addresses:
+            self._go_opaque("huge pages, postcopy and x-ignore-shared together list RAM blocks ambiguously")
+        elif total:
+            self._state = self._listing
+
+    def _listing(self, buffer: memoryview, position: int, end: int) -> int:
+        available = end - position
+        if available < 1:
+            return self._want(1)
+        name_end = 1 + buffer[position]
+        need = name_end + 8 + 8 * self.layout.has_addresses
+        if available < need:
+            return self._want(need)
+        name = self._name(buffer, position)
+        length: int = _be64(buffer, position + name_end)[0]
+        if not length or length % q.TARGET_PAGE_SIZE or length > self._unlisted:
+            raise self._malformed(f"RAM block {name!r} of {length} bytes does not fit the total")
+        page_size = None
+        if self.layout.has_large_pages:
+            # A block with the usual page size has no field for it. What stands there else never looks like a page size:
+            # a name's length is not 0, and EOS and MULTIFD_FLUSH are smaller.
+            if available < need + 8:
+                return self._want(need + 8)
+            page_size = self._page_size(_be64(buffer, position + need)[0])
+        address = _be64(buffer, position + name_end + 8)[0] if self.layout.has_addresses else None
+        need += 8 * (page_size is not None)
+        self._list(name, length)
+        self._emit(RamBlockListed(buffer[position : position + need], self._offset, name, length, page_size, address))
+        return need
+
+    def _page_size(self, value: int) -> int | None:
+        is_power = value and not value & (value - 1)
+        return value if is_power and value > q.TARGET_PAGE_SIZE and value & self.layout.page_sizes else None
+
+    def _list(self, name: str, length: int) -> None:
+        if name in self.layout.blocks:
+            raise self._malformed(f"RAM block {name!r} is listed twice")
+        if len(self.layout.blocks) >= limits.WIRE_BLOCKS_MAX:
+            raise self._beyond(f"more than {limits.WIRE_BLOCKS_MAX} RAM blocks")
+        self.layout.blocks[name] = length
+        self._unlisted -= length
+        if not self._unlisted:
+            self._state = self._ram
+
+    def _name(self, buffer: memoryview, position: int) -> str:
+        """The u8-length name at `position`, all of which is there. Surrogates keep bytes that are not UTF-8."""
+        length = buffer[position]
+        if not length:
+            raise self._malformed("an empty name")
+        return bytes(buffer[position + 1 : position + 1 + length]).decode("utf-8", "surrogateescape")
+
+    # pages
+
+    def _enter_block(self, buffer: memoryview, position: int, end: int, header: int) -> tuple[str, int]:
+        """The record's block, and how long its head is; ("", need) where the name is not all there."""
+        if header & q.RAM_SAVE_FLAG_CONTINUE:
+            if self._block is None:
+                raise self._malformed("a page continues a block, and none was named before")
+            return self._block, 8
+        if end - position < 9:
+            return "", 9
+        head = 9 + buffer[position + 8]
+        if end - position < head:
+            return "", head
+        name = self._name(buffer, position + 8)
+        if self.layout.blocks and name not in self.layout.blocks:
+            raise self._malformed(f"a page of RAM block {name!r}, which was not listed")
+        return name, head
+
+    def _pages(self, buffer: memoryview, position: int, end: int, header: int) -> int:
+        block, head = self._enter_block(buffer, position, end, header)
+        if not block:
+            return self._want(head)
+        body = q.TARGET_PAGE_SIZE if header & q.RAM_SAVE_FLAG_PAGE else 1
+        if end - position < head + body:
+            return self._want(head + body)
+        after = position + head + body
+        headers, starts, after = scan_continued(buffer, after, end, first=(header, position + head))
+        good = self._count_inside(headers, block)
+        if good < len(headers):
+            after = int(starts[good]) - 8
+            headers, starts = headers[:good], starts[:good]
+        self._block = block
+        self._emit(PageBatch(buffer[position:after], self._offset, block, headers, starts - position))
+        return after - position
+
+    def _count_inside(self, headers: Offsets, block: str) -> int:
+        """How many records come before the first that lies beyond its block; raises where that is the first."""
+        length = self.layout.blocks.get(block)
+        if length is None or int(headers.max()) < length:
+            return len(headers)
+        good = int((headers >= np.uint64(length)).argmax())
+        if not good:
+            raise self._malformed(f"a page beyond the {length} bytes of RAM block {block!r}")
+        return good
+
+    def _compressed(self, buffer: memoryview, position: int, end: int, header: int) -> int:
+        block, head = self._enter_block(buffer, position, end, header)
+        if not block:
+            return self._want(head)
+        is_xbzrle = bool(header & q.RAM_SAVE_FLAG_XBZRLE)
+        body = head + (3 if is_xbzrle else 4)
+        if end - position < body:
+            return self._want(body)
+        if is_xbzrle:
+            length: int = _be16(buffer, position + head + 1)[0]
+            if buffer[position + head] != q.ENCODING_FLAG_XBZRLE or length > q.TARGET_PAGE_SIZE:
+                raise self._malformed("the head of an XBZRLE page does not fit")
+        else:
+            length = _be32(buffer, position + head)[0]
+            if length > _COMPRESSED_MAX:
+                raise self._malformed(f"a compressed page of {length} bytes")
+        if end - position < body + length:
+            return self._want(body + length)
+        page_offset = header & ~_FLAGS
+        self._count_inside(np.array([page_offset], np.uint64), block)
+        self._block = block
+        raw = buffer[position : position + body + length]
+        is_continued = bool(header & q.RAM_SAVE_FLAG_CONTINUE)
+        kind = XbzrlePage if is_xbzrle else CompressedPage
+        self._emit(kind(raw, self._offset, block, page_offset, is_continued, raw[body:]))
+        return body + length
+
+
+class PreemptReader(RamRecords):
+    """Postcopy's second channel (postcopy-preempt): RAM records from its first byte, until an EOS."""
+
+    def _begin(self, buffer: memoryview, position: int, end: int) -> int:
+        self._section = "the preempt channel"
+        self._state = self._ram
+        return self._ram(buffer, position, end)
+
+    def _ram_ended(self) -> None:
+        self._state = self._ram
+
+
+def scan_continued(
+    buffer: memoryview, position: int, end: int, *, first: tuple[int, int]
+) -> tuple[Offsets, Positions, int]:
+    """The records that go on in the same block from `position`, all that are whole before `end`.
+
+    Gives their headers and where their contents begin, both opened by `first`, and the position behind them.
+
+    Boundaries depend on each other, so records are stepped over by their headers; as soon as some equal ones have come,
+    the rest of their run is taken with a strided view, and so is a page-and-zero rhythm. A page's content is not touched.
+    """
+    headers: list[Offsets] = []
+    starts: list[Positions] = []
+    some_headers, some_starts = [first[0]], [first[1]]
+    rhythm: list[int] = []  # the kinds of the last records
+    while end - position >= 9:
+        header: int = _be64(buffer, position)[0]
+        kind = header & _FLAGS
+        length = _LENGTHS.get(kind)
+        if length is None or position + length > end:
+            break
+        some_headers.append(header)
+        some_starts.append(position + 8)
+        position += length
+        rhythm.append(kind)
+        if len(rhythm) < _RUN:
+            continue
+        pattern = _pattern(rhythm)
+        rhythm.clear()
+        if not pattern:
+            continue
+        run_headers, run_starts, position = _take_run(buffer, position, end, pattern)
+        if len(run_headers):
+            headers += [np.array(some_headers, np.uint64), run_headers]
+            starts += [np.array(some_starts, np.int64), run_starts]
+            some_headers, some_starts = [], []
+    headers.append(np.array(some_headers, np.uint64))
+    starts.append(np.array(some_starts, np.int64))
+    if len(headers) == 1:
+        return headers[0], starts[0], position
+    return np.concatenate(headers), np.concatenate(starts), position
+
+
+def _pattern(kinds: list[int]) -> tuple[int, ...]:
+    """The one or two kinds that `kinds` (an even number of them) repeats; empty where there is no such rhythm."""
+    if len(set(kinds)) == 1:
+        return (kinds[0],)
+    if len(set(kinds[::2])) == 1 and len(set(kinds[1::2])) == 1:
+        return (kinds[0], kinds[1])
+    return ()
+
+
+def _take_run(buffer: memoryview, position: int, end: int, pattern: tuple[int, ...]) -> tuple[Offsets, Positions, int]:
+    """As many whole repetitions of `pattern` as follow, looked for in growing steps so that a short run costs little."""
+    within = np.cumsum([0, *(_LENGTHS[kind] for kind in pattern)])
+    stride = int(within[-1])
+    kinds = np.array(pattern, np.uint64)
+    headers: list[Offsets] = []
+    step, begin = 16, position
+    while (count := min(step, (end - position) // stride)) > 0:
+        found = np.empty((count, len(pattern)), np.uint64)
+        for column in range(len(pattern)):
+            found[:, column] = np.ndarray((count,), ">u8", buffer, position + int(within[column]), (stride,))
+        fits = ((found & np.uint64(_FLAGS)) == kinds).all(axis=1)
+        good = count if fits.all() else int(fits.argmin())
+        headers.append(found[:good].reshape(-1))
+        position += good * stride
+        if good < count:
+            break
+        step *= 8
+    joined = np.concatenate(headers) if headers else np.empty(0, np.uint64)
+    repeats = len(joined) // len(pattern)
+    starts = (begin + 8 + np.arange(repeats, dtype=np.int64)[:, None] * stride + within[:-1]).reshape(-1)
+    return joined, starts, position

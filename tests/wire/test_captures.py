@@ -1,0 +1,129 @@
+"""Streams of real QEMU: rebuilt RAM is the source's, and nothing is lost on the way."""
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from sealane.wire import (
+    CompressedPage,
+    Event,
+    MultifdReader,
+    Opaque,
+    PackageBegun,
+    PacketPayload,
+    RamRebuild,
+    StreamReader,
+    XbzrlePage,
+    iterate_events,
+    reader_for,
+)
+from sealane.wire.order import in_order
+from sealane.wire.summary import StreamSummary
+from sealane.wire.writer import encode
+from tests.wire.rig import CAPTURES, capture_names, connections, pieces, provenance, read, told
+
+NAMES = capture_names()
+
+
+def all_events(name: str, size: int = 1 << 18) -> Iterator[tuple[int, Event]]:
+    main: list[Iterator[Event]] = []
+    channels: list[Iterator[Event]] = []
+    others: list[Iterator[Event]] = []
+    for data in connections(name):
+        reader = reader_for(data)
+        events = iterate_events(reader, pieces(data, range(size, len(data), size)))
+        kind = main if isinstance(reader, StreamReader) else channels if isinstance(reader, MultifdReader) else others
+        kind.append(events)
+    return in_order(main[0], channels, others)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ram_is_rebuilt_hash_for_hash(name: str) -> None:
+    truth = provenance(name)
+    rebuild = RamRebuild()
+    for connection, event in all_events(name):
+        rebuild.apply(event, connection=connection)
+    rebuilt = {block.name: block for block in rebuild.digests()}
+    compared = 0
+    for block, facts in truth["blocks"].items():
+        assert rebuilt[block].length == facts["length"]
+        if "x-ignore-shared" in truth["capabilities"] and block == "pc.ram":
+            assert rebuilt[block].pages_received == 0
+            continue
+        assert rebuilt[block].sha256 == facts["sha256"], block
+        compared += 1
+    assert compared
+    assert rebuild.unreadable_pages == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reading_and_writing_is_the_identity(name: str) -> None:
+    for data in [*connections(name), *connections(name, "return.zst")]:
+        events, error = read(reader_for(data), [data])
+        assert error is None
+        assert b"".join(event.raw for event in events) == data
+        assert all(encode(event) == event.raw for event in events)
+        offset = 0
+        for event in events:
+            assert event.offset == offset
+            offset += len(event.raw)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pieces_do_not_matter(name: str) -> None:
+    chance = random.Random(name)
+    for data in [*connections(name), *connections(name, "return.zst")]:
+        whole = told(read(reader_for(data), [data])[0])
+        for count in (3, 50, 2000):
+            cuts = [chance.randrange(len(data) + 1) for _ in range(count)]
+            events, error = read(reader_for(data), pieces(data, cuts))
+            assert error is None
+            assert told(events) == whole
+
+
+@pytest.mark.parametrize("name", ["single-q35-10.0.2", "multifd-7.2.22", "postcopy-10.0.2"])
+def test_byte_by_byte(name: str) -> None:
+    for data in connections(name):
+        start = data[: 1 << 17]
+        whole = read(reader_for(data), [start])
+        single = read(reader_for(data), [start[at : at + 1] for at in range(len(start))])
+        assert told(single[0]) == told(whole[0])
+        assert single[1] == whole[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_is_explained(name: str) -> None:
+    truth = provenance(name)
+    summary = StreamSummary()
+    for connection, event in all_events(name):
+        summary.add(event, connection=connection)
+    facts = summary.as_dict()
+    assert facts["machine"].startswith("pc-")
+    assert {block["name"] for block in facts["blocks"]} >= set(truth["blocks"])
+    if truth["how"] == "postcopy":
+        assert {"PACKAGED", "POSTCOPY_LISTEN", "POSTCOPY_RAM_DISCARD"} <= set(facts["commands"])
+    else:
+        assert facts["devices_why_not"] == ""
+        assert {"cpu", "serial", "timer"} <= {device["name"] for device in facts["devices"]}
+    assert set(facts["opaque_bytes"]) == {"device state"}
+    if truth["how"] == "running" and "multifd" not in truth["capabilities"]:
+        assert facts["iterations"] >= 3
+    assert len(facts["multifd_channels"]) == truth["parameters"].get("multifd-channels", 0)
+
+
+def test_the_captures_hold_what_they_are_for() -> None:
+    kinds: dict[str, set[type[Event]]] = {}
+    for name in NAMES:
+        kinds[name] = {type(event) for _, event in all_events(name)}
+    assert XbzrlePage in kinds["xbzrle-10.0.2"]
+    assert CompressedPage in kinds["compress-7.2.22"]
+    assert PackageBegun in kinds["postcopy-preempt-10.0.2"]
+    assert PacketPayload in kinds["multifd-zstd-7.2.22"]
+    assert all(Opaque in found for found in kinds.values())
+
+
+def test_the_captures_are_small() -> None:
+    sizes = [path.stat().st_size for name in NAMES for path in (CAPTURES / name).iterdir()]
+    assert max(sizes) < 300_000
+    assert sum(sizes) < 4_000_000
