@@ -22,6 +22,7 @@ from sealane.wire.order import in_order
 from sealane.wire.summary import StreamSummary
 from sealane.wire.writer import encode
 from tests.wire.rig import CAPTURES, capture_names, connections, pieces, provenance, read, told
+from tests.wire.test_readers import check_everything
 
 NAMES = capture_names()
 
@@ -90,6 +91,36 @@ def test_byte_by_byte(name: str) -> None:
         single = read(reader_for(data), [start[at : at + 1] for at in range(len(start))])
         assert told(single[0]) == told(whole[0])
         assert single[1] == whole[1]
+
+
+@pytest.mark.parametrize("name", ["single-pc-10.0.2", "multifd-7.2.22", "postcopy-preempt-10.0.2", "xbzrle-10.0.2"])
+def test_cut_around_every_event(name: str) -> None:
+    for data in connections(name):
+        edges = {event.offset for event in read(reader_for(data), [data])[0]}
+        for cut in sorted(
+            {cut for edge in edges for cut in (edge - 1, edge, edge + 1, edge + 9) if 4 <= cut < len(data)}
+        ):
+            events, error = read(reader_for(data), [data[:cut]])
+            assert error is None or error[0] == "wire.truncated"
+            length = sum(len(event.raw) for event in events)
+            assert b"".join(event.raw for event in events) == data[:length]
+            assert error is not None or length == cut
+
+
+@pytest.mark.parametrize("name", ["single-q35-7.2.22", "multifd-zstd-7.2.22", "postcopy-10.0.2", "xbzrle-10.0.2"])
+def test_changed_captures(name: str) -> None:
+    chance = random.Random(name)
+    for data in connections(name):
+        make = type(reader_for(data))
+        edges = [event.offset for event in read(make(), [data])[0]]
+        for _ in range(25):
+            changed = bytearray(data)
+            # heads are what matters: near the beginning of an event, or anywhere
+            at = min(
+                chance.choice([chance.choice(edges) + chance.randrange(40), chance.randrange(len(data))]), len(data) - 1
+            )
+            changed[at] ^= 1 << chance.randrange(8)
+            check_everything(make, bytes(changed), [chance.randrange(len(data)) for _ in range(20)])
 
 
 @pytest.mark.parametrize("name", NAMES)

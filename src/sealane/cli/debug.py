@@ -57,15 +57,12 @@ def explain_stream(
     Each FILE is what one connection carried in one direction, as recorded (or compressed with zstd): the main channel first,
     then the multifd channels, in any order, and postcopy's preempt channel. The return path may be among them.
 
-    \b
     The main channel is sections. RAM comes first: START lists the blocks, PART repeats as pages change, END is the rest
     while the VM stands still. Devices follow. Pages are normal (4096 bytes), zero (one byte), xbzrle (what changed) or
     compressed. An iteration is one pass over the pages that changed.
 
-    \b
-    With --ram-digest compare the SHA-256 with the source's memory: they are equal when nothing was lost.
-    QEMU can record a stream itself:
-      migrate "exec:cat > main.bin"             in QEMU's monitor
+    With --ram-digest compare the SHA-256 with the source's memory: they are equal when nothing was lost. QEMU can record a
+    stream itself, with `migrate "exec:cat > main.bin"` in its monitor.
 
     \b
     Examples:

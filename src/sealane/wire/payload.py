@@ -37,8 +37,9 @@ class _Zlib:
 class _Zstd:
     """One zstd stream over a channel's whole life (multifd-zstd.c). Fed in small pieces, so that its output is bounded."""
 
-    # A block of zstd makes 128 KiB at most, and the smallest one takes 4 bytes.
-    _PIECE: Final = 256
+    # A block of zstd makes 128 KiB at most, and the smallest one takes 4 bytes: a piece makes 32 MiB at the very most, and
+    # what goes beyond the packet's pages ends it there.
+    _PIECE: Final = 1024
 
     def __init__(self) -> None:
         self._stream = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_MAX).decompressobj()

@@ -34,8 +34,9 @@ _FLAGS: Final = q.TARGET_PAGE_SIZE - 1
 _PAGE: Final = q.RAM_SAVE_FLAG_PAGE | q.RAM_SAVE_FLAG_CONTINUE
 _ZERO: Final = q.RAM_SAVE_FLAG_ZERO | q.RAM_SAVE_FLAG_CONTINUE
 _LENGTHS: Final = {_PAGE: 8 + q.TARGET_PAGE_SIZE, _ZERO: 9}
-# From so many equal records on, the rest of the run is looked at with one strided view instead of one by one.
-_RUN: Final = 6
+# When so many records were each of the kind of the last but one, the rest of the run, or of the rhythm of pages and zero
+# pages, is looked at with strided views: less would try too often in vain where the two mix at random.
+_RUN: Final = 12
 # zlib's compressBound of one page, with room for other implementations of it
 _COMPRESSED_MAX: Final = q.TARGET_PAGE_SIZE + 128
 
@@ -253,23 +254,27 @@ def scan_continued(
     headers: list[Offsets] = []
     starts: list[Positions] = []
     some_headers, some_starts = [first[0]], [first[1]]
-    rhythm: list[int] = []  # the kinds of the last records
+    before, last, repeats = 0, 0, 0
     while end - position >= 9:
         header: int = _be64(buffer, position)[0]
         kind = header & _FLAGS
-        length = _LENGTHS.get(kind)
-        if length is None or position + length > end:
+        if kind == _PAGE:
+            after = position + 8 + q.TARGET_PAGE_SIZE
+            if after > end:
+                break
+        elif kind == _ZERO:
+            after = position + 9
+        else:
             break
         some_headers.append(header)
         some_starts.append(position + 8)
-        position += length
-        rhythm.append(kind)
-        if len(rhythm) < _RUN:
+        position = after
+        repeats = repeats + 1 if kind == before else 0
+        before, last = last, kind
+        if repeats < _RUN:
             continue
-        pattern = _pattern(rhythm)
-        rhythm.clear()
-        if not pattern:
-            continue
+        repeats = 0
+        pattern = (kind,) if kind == before else (before, kind)
         run_headers, run_starts, position = _take_run(buffer, position, end, pattern)
         if len(run_headers):
             headers += [np.array(some_headers, np.uint64), run_headers]
@@ -280,15 +285,6 @@ def scan_continued(
     if len(headers) == 1:
         return headers[0], starts[0], position
     return np.concatenate(headers), np.concatenate(starts), position
-
-
-def _pattern(kinds: list[int]) -> tuple[int, ...]:
-    """The one or two kinds that `kinds` (an even number of them) repeats; empty where there is no such rhythm."""
-    if len(set(kinds)) == 1:
-        return (kinds[0],)
-    if len(set(kinds[::2])) == 1 and len(set(kinds[1::2])) == 1:
-        return (kinds[0], kinds[1])
-    return ()
 
 
 def _take_run(buffer: memoryview, position: int, end: int, pattern: tuple[int, ...]) -> tuple[Offsets, Positions, int]:
