@@ -169,13 +169,8 @@ class Lane:
 
     def _inbound(self) -> None:
         reader, receive = self._reader, self._connection.recv_into
-        wake_at = 1
         while True:
-            space = reader.space()
-            if reader.missing != wake_at:  # sleep until the record is whole: each waking costs more than its bytes
-                wake_at = reader.missing
-                self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wake_at)
-            count = receive(space)
+            count = receive(reader.space())
             if not count:
                 reader.ended()
                 return

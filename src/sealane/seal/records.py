@@ -169,12 +169,6 @@ class RecordReader:
         wanted = HEADER_BYTES if self._length is None else OVERHEAD_BYTES + self._length + HEADER_BYTES
         return self._buffer[self._have : wanted]
 
-    @property
-    def missing(self) -> int:
-        """How many bytes must still come before the next event or header: at least 1, at most what `space` holds."""
-        whole = HEADER_BYTES if self._length is None else OVERHEAD_BYTES + self._length
-        return whole - self._have
-
     def filled(self, count: int) -> Event | None:
         """Take note of `count` bytes in `space()`; raises PeerError by the rules of this module."""
         if self._error is not None:
