@@ -4,6 +4,7 @@ import struct
 import tracemalloc
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from sealane.wire import (
     MultifdPacket,
     MultifdReader,
     Opaque,
+    PacketPages,
     PageBatch,
     PreemptReader,
     RamBlockListed,
@@ -360,3 +362,38 @@ def test_events_never_show_content() -> None:
         for event in read(make(), [data])[0]:
             assert "bytes, sha256=" in repr(event)
             assert len(repr(event)) < 120
+
+
+@given(st.lists(st.sampled_from("PZ"), min_size=1, max_size=60))
+@example(["P"] * 50)
+@example(["P", "Z"] * 25)
+def test_batches_are_views(kinds: list[str]) -> None:
+    reader = StreamReader()
+    reader.feed(ram())
+    records = [rig.normal(0, "a"), *((rig.normal if kind == "P" else rig.zero)(at) for at, kind in enumerate(kinds, 1))]
+    data = np.frombuffer(b"".join(records), np.uint8)
+    (batch,) = reader.feed(data.data)
+    assert isinstance(batch, PageBatch)
+    assert batch.block == "a"
+    expected = [0, *(at for at, kind in enumerate(kinds, 1) if kind == "P")]
+    assert (batch.page_offsets // PAGE).tolist() == expected
+    assert (batch.zero_offsets // PAGE).tolist() == [at for at, kind in enumerate(kinds, 1) if kind == "Z"]
+    assert not batch.fills.any()
+    assert batch.offsets.dtype == np.uint64
+    assert batch.pages().tobytes() == b"".join(map(rig.page, expected))
+    found = []
+    for offsets, pages in batch.page_runs():
+        assert np.shares_memory(pages, data)
+        assert pages.shape == (len(offsets), PAGE)
+        found += [(offset // PAGE, one.tobytes()) for offset, one in zip(offsets.tolist(), pages, strict=True)]
+    assert found == [(index, rig.page(index)) for index in expected]
+
+
+def test_packets_are_views() -> None:
+    data = np.frombuffer(HELLO + packet(normals=[3, 4], zeros=[9]), np.uint8)
+    *_, head, pages = MultifdReader().feed(data.data)
+    assert isinstance(head, MultifdPacket)
+    assert isinstance(pages, PacketPages)
+    assert head.zero_offsets.tolist() == [9 * PAGE]
+    assert pages.page_offsets.tolist() == [3 * PAGE, 4 * PAGE]
+    assert np.shares_memory(pages.pages, data)

@@ -1,5 +1,6 @@
 """Records applied in order, epochs kept apart, payloads opened and nothing more than was announced."""
 
+import random
 import struct
 import zlib
 from hashlib import sha256
@@ -9,13 +10,13 @@ import pytest
 import zstandard
 
 from sealane.errors import WireError
-from sealane.wire import MultifdReader, RamBlockListed, RamRebuild, StreamReader
+from sealane.wire import MultifdReader, Opaque, RamBlockListed, RamRebuild, SectionBegun, StreamReader
 from sealane.wire import constants as q
 from sealane.wire.order import in_order
 from sealane.wire.payload import PagesUnpacker
 from sealane.wire.vmdescription import walk_devices
 from tests.wire import rig
-from tests.wire.rig import CONFIGURATION, EOS, FLUSH, FOOTER, HEADER, HELLO, PAGE, packet, page, read
+from tests.wire.rig import CONFIGURATION, EOS, FLUSH, FOOTER, HEADER, HELLO, PAGE, connections, packet, page, read
 
 ZERO = bytes(PAGE)
 
@@ -153,6 +154,38 @@ def test_a_page_of_no_block_and_too_much_memory() -> None:
     with pytest.raises(WireError) as caught:
         rebuild.apply(listed)
     assert caught.value.code == "wire.limit"
+
+
+def described(text: str) -> bytes:
+    return rig.start("x", 1, q.QEMU_VM_SECTION_FULL) + b"\0\x06" + struct.pack(">I", len(text)) + text.encode()
+
+
+@pytest.mark.parametrize(
+    "size", ["-9", "1e999", "9" * 30, '"x"', "null", "[]", "4", '4, "array_len": -3', '1, "name": "\\ud800"']
+)
+def test_descriptions_of_hostile_sizes(size: str) -> None:
+    walk = walk_devices(described(f'{{"devices": [{{"name": "x", "fields": [{{"size": {size}}}]}}]}}'))
+    assert walk.devices == ()
+    assert walk.why_not
+    part = f'{{"vmsd_name": "\\ud800", "fields": [{{"size": {size}}}]}}'
+    assert walk_devices(described(f'{{"devices": [{{"name": "x", "subsections": [{part}]}}]}}')).why_not
+
+
+@pytest.mark.parametrize("changes", [1, 5])
+def test_changed_descriptions(changes: int) -> None:
+    main = connections("single-q35-10.0.2")[0]
+    tail = b"".join(event.raw for event in read(StreamReader(), [main])[0] if isinstance(event, Opaque))
+    head = next(
+        event for event in read(StreamReader(), [main])[0] if isinstance(event, SectionBegun) and event.kind == 4
+    )
+    whole = bytes(head.raw) + tail
+    assert not walk_devices(whole).why_not
+    chance = random.Random(changes)
+    for _ in range(100):
+        changed = bytearray(whole)
+        for _ in range(changes):
+            changed[chance.randrange(len(changed))] = chance.choice(b'0"{}[],:9-\x00\xff')
+        walk_devices(changed)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def walk_devices(tail: bytes | bytearray) -> DeviceWalk:
     try:
         described = json.loads(text)["devices"]
         return _walk(tail, end, described, len(text))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, struct.error) as error:
         return DeviceWalk((), len(text), f"the description of the devices does not fit: {type(error).__name__}")
 
 
