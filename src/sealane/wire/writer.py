@@ -1,7 +1,7 @@
 """The bytes of events, from their fields alone: what a reader read, `encode` writes again.
 
 `encode(event) == event.raw` for every event of a reader; who changes a field gets the stream that says so. Passing on
-unchanged events needs none of this: that is `raw`. `open_page_batch` and `encode_page_batch` change pages in bulk.
+unchanged events needs none of this: that is `raw`.
 """
 
 import struct
@@ -31,15 +31,6 @@ def encode(event: e.Event) -> bytes:
     except KeyError:
         raise TypeError(f"not an event: {type(event).__name__}") from None
     return encoder(event)
-
-
-def encode_page_batch(block: str, headers: e.Offsets, contents: "list[bytes | memoryview]") -> bytes:
-    """Records of `block`: each header with what follows it, a page or a zero page's fill byte. For tests and small runs."""
-    parts = []
-    for header, content in zip(headers.tolist(), contents, strict=True):
-        name = b"" if header & q.RAM_SAVE_FLAG_CONTINUE else encode_name(block)
-        parts += [struct.pack(">Q", header), name, bytes(content)]
-    return b"".join(parts)
 
 
 def _page_batch(event: e.PageBatch) -> bytes:
