@@ -125,6 +125,7 @@ async def test_a_second_migration_after_a_cancelled_one(qemu: str, tmp_path: Pat
             await destination.migrate_incoming(f"unix:{tmp_path / 'm'}")
             await source.migrate(f"unix:{tmp_path / 'm'}")
             await source.wait_migration({"active"}, 30)
+            await destination.wait_migration({"active"}, 30)  # while channels are being set up, QEMU itself may hang
             await source.cancel_migration()
             assert (await source.migration_status()).status == "cancelled"
             assert await source.run_state() == "running"

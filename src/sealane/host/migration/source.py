@@ -358,17 +358,20 @@ class SourceMigration(Job):
         return self._enclave.failed.result() if self._enclave.failed.done() else reason
 
     async def _take_back(self) -> bool:
-        """Let the VM run here again, if it did before; False where its QEMU is gone."""
+        """Let the VM run here again, if it did before; False where it does not run."""
         if self._qemu is None or not self._ran_before:
             return self._qemu is not None and not self._qemu.is_closed
         try:
             await self._qemu.cancel_migration()
+        except SealaneError as error:  # a QEMU that hangs in its clean-up may run its guest all the same
+            self.log.warning("QEMU did not confirm the end of its migration", code=error.code, detail=error.detail)
+        try:
             if await self._qemu.run_state() in _STOPPED_STATES:
                 await self._qemu.resume()
+            return await self._qemu.run_state() == "running"
         except SealaneError as error:
             self.log.error("the VM could not be taken back", code=error.code, detail=error.detail)
             return False
-        return True
 
     # ---- small things
 
