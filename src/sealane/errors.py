@@ -5,6 +5,7 @@ code its family; the family gives the exit status and the HTTP status:
 
     SealaneError
     ├── UsageError      2  400  the caller asked for something that cannot be
+    ├── EvidenceError   2  422  evidence, or what belongs to it, cannot be understood
     ├── PeerError       3  502  the peer is hostile, broken, unknown or gone (detail never goes back to it)
     ├── HostError       5  500  this host cannot: disk, memory, permissions, QEMU
     ├── ControlError    6  409  not in this state: not found, conflict, refused, cancelled
@@ -55,6 +56,13 @@ class UsageError(SealaneError):
 
     exit_status = 2
     http_status = 400
+
+
+class EvidenceError(SealaneError):
+    """Evidence, or what belongs to it, cannot be understood."""
+
+    exit_status = 2
+    http_status = 422
 
 
 class PeerError(SealaneError):
@@ -110,6 +118,19 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
     UsageError: {
         "usage.argument": Entry("an argument does not fit", "see `--help` of the command"),
         "usage.configuration": Entry("the configuration file does not fit", "mend the line that is named"),
+    },
+    EvidenceError: {
+        "attest.unknown-kind": Entry(
+            "this is no kind of evidence or collateral that Sealane knows",
+            "docs/attestation.md lists the kinds; is the file whole, and not in hexadecimal or base64?",
+        ),
+        "attest.malformed": Entry("the evidence does not fit its format", "fetch it again from where it was made"),
+        "attest.too-large": Entry("the evidence is larger than any of its kind can be", "is it the right file?"),
+        "attest.reference": Entry("the file of reference values does not fit", "mend the line that is named"),
+        "attest.reference-signature": Entry(
+            "the file of reference values is not signed by the key that was given",
+            "fetch file and key again from who signs them",
+        ),
     },
     PeerError: {
         "peer.unreachable": Entry(

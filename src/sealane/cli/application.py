@@ -28,6 +28,7 @@ COMMANDS = (
     "status",
     "cancel",
     "doctor",
+    "attest",
     "debug",
     "version",
 )

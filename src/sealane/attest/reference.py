@@ -1,0 +1,196 @@
+"""What the relying party expects: reference values, named hosts, accepted weaknesses. JSON or TOML, optionally signed.
+
+A signed file is a DSSE envelope (payload type below) with Ed25519 signatures.
+"""
+
+import base64
+import binascii
+import tomllib
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from sealane.attest.reading import decode_text, parse_json
+from sealane.attest.reasons import Level
+from sealane.crypto.signatures import KeyMalformed, SignatureInvalid, parse_public_key
+from sealane.errors import EvidenceError
+
+PAYLOAD_TYPE: Final = "application/vnd.sealane.reference+json"
+
+
+def _hexadecimal(text: str) -> str:
+    bytes.fromhex(text)
+    return text.lower()
+
+
+Hex = Annotated[str, Field(min_length=2, max_length=256), AfterValidator(_hexadecimal)]
+Choices = Annotated[list[Hex], Field(min_length=1)]
+
+
+AcceptableStatus = Literal["SWHardeningNeeded", "ConfigurationNeeded", "ConfigurationAndSWHardeningNeeded"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class SgxReference(_Strict):
+    """Enclaves: every list that is given has to hold the quote's value."""
+
+    mrenclave: Choices | None = None
+    mrsigner: Choices | None = None
+    prod_id: int | None = None
+    minimum_svn: int | None = None
+
+
+class TdxReference(_Strict):
+    """Trust domains."""
+
+    mrtd: Choices | None = None
+    rtmr0: Choices | None = None
+    rtmr1: Choices | None = None
+    rtmr2: Choices | None = None
+    rtmr3: Choices | None = None
+    mrconfigid: Choices | None = None
+    mrowner: Choices | None = None
+    mrseam: Choices | None = None
+
+
+class SnpTcb(_Strict):
+    """The least security versions of an SEV-SNP platform."""
+
+    boot_loader: int = 0
+    tee: int = 0
+    snp: int = 0
+    microcode: int = 0
+    fmc: int = 0
+
+
+class SnpReference(_Strict):
+    """SEV-SNP guests."""
+
+    measurement: Choices | None = None
+    host_data: Choices | None = None
+    id_key_digest: Choices | None = None
+    vmpl: list[int] = [0]
+    minimum_tcb: SnpTcb | None = None
+    minimum_guest_svn: int | None = None
+    allow_smt: bool = True
+
+
+class TpmKey(_Strict):
+    """An attestation key that is known, by the SHA-256 of its SubjectPublicKeyInfo."""
+
+    digest: Hex
+    root: Literal["hardware", "software"]
+    name: str = ""
+
+
+class TpmReference(_Strict):
+    """TPMs: whose keys are known, and which PCR values are good (bank -> index -> values)."""
+
+    keys: list[TpmKey] = []
+    pcrs: dict[str, dict[str, Choices]] | None = None
+
+
+class ImaReference(_Strict):
+    """Files that may have been measured: `sha256:…` digests."""
+
+    digests: list[str]
+
+
+class Reference(_Strict):
+    """A reference file. What it leaves out is not expected, and lowers the level."""
+
+    version: Literal[1]
+    minimum_level: Annotated[int, Field(ge=0, le=4)] = 1
+    user_data: Hex | None = None
+    hosts: list[str] | None = None
+    test_roots: list[Hex] = []
+    accept_test_roots: bool = False
+    accept_tcb_statuses: list[AcceptableStatus] = []
+    sgx: SgxReference | None = None
+    tdx: TdxReference | None = None
+    snp: SnpReference | None = None
+    tpm: TpmReference | None = None
+    ima: ImaReference | None = None
+
+    @property
+    def wanted(self) -> Level:
+        """`minimum_level` as a level."""
+        return Level(self.minimum_level)
+
+
+NO_REFERENCE: Final = Reference(version=1)
+
+
+def parse_reference(data: bytes, *, key: bytes | None = None) -> Reference:
+    """JSON, TOML or a DSSE envelope; with `key` (an Ed25519 public key) the envelope is required and verified.
+
+    Raises EvidenceError `attest.reference` or `attest.reference-signature`.
+    """
+    text = _text(data)
+    value: Any
+    if text.lstrip().startswith("{"):
+        value = _json(text)
+    else:
+        try:
+            value = tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            raise EvidenceError("attest.reference", str(error)) from error
+    if isinstance(value, dict) and "payloadType" in value:
+        if key is None:
+            raise EvidenceError("attest.reference-signature", "the file is signed; give the key with --reference-key")
+        value = _json(_text(open_envelope(value, key)))
+    elif key is not None:
+        raise EvidenceError("attest.reference-signature", "a key was given and the file is not signed")
+    return _validated(value)
+
+
+def pre_authentication_encoding(payload_type: str, payload: bytes) -> bytes:
+    """What a DSSE signature covers (DSSE protocol, PAE)."""
+    kind = payload_type.encode()
+    return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
+
+
+def open_envelope(envelope: dict[str, Any], key: bytes) -> bytes:
+    """The payload of a DSSE envelope that `key` signed; raises EvidenceError `attest.reference-signature`."""
+    try:
+        kind, signatures = envelope["payloadType"], envelope["signatures"]
+        payload = base64.b64decode(envelope["payload"], validate=True)
+        public = parse_public_key(key)
+        candidates = [base64.b64decode(one["sig"], validate=True) for one in signatures[:16]]
+    except (KeyError, TypeError, ValueError, binascii.Error, KeyMalformed) as error:
+        raise EvidenceError("attest.reference-signature", f"the envelope or the key cannot be read: {error}") from error
+    if kind != PAYLOAD_TYPE:
+        raise EvidenceError("attest.reference-signature", f"the envelope's payload type is not {PAYLOAD_TYPE}")
+    for signature in candidates:
+        try:
+            public.verify_ed25519(signature, pre_authentication_encoding(kind, payload))
+        except SignatureInvalid:
+            continue
+        return payload
+    raise EvidenceError("attest.reference-signature")
+
+
+def _validated(value: object) -> Reference:
+    try:
+        return Reference.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise EvidenceError("attest.reference", f"{place or 'file'}: {first['msg']}") from error
+
+
+def _json(text: str) -> Any:
+    try:
+        return parse_json(text, "reference values")
+    except EvidenceError as error:
+        raise EvidenceError("attest.reference", error.detail) from error
+
+
+def _text(data: bytes) -> str:
+    try:
+        return decode_text(data, "reference values")
+    except EvidenceError as error:
+        raise EvidenceError("attest.reference", error.detail) from error
