@@ -15,7 +15,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.utils import CryptographyDeprecationWarning
 
-from sealane.crypto.signatures import KeyMalformed, PublicKey
+from sealane.crypto.signatures import KeyMalformed, PublicKey, SignatureInvalid
 
 CERTIFICATES_MAX: Final = 16  # the longest real chain has four
 _PEM_CERTIFICATE: Final = re.compile(
@@ -132,7 +132,7 @@ def _pss_signature_is_valid(revocations: x509.CertificateRevocationList, issuer:
         algorithm = revocations.signature_hash_algorithm
         name = "sha384" if algorithm is None else algorithm.name
         issuer.public_key.verify_rsa(revocations.signature, revocations.tbs_certlist_bytes, hash_name=name, pss=True)
-    except Exception:
+    except (SignatureInvalid, UnsupportedAlgorithm, ValueError):
         return False
     return True
 
