@@ -1,17 +1,22 @@
 """SGX and TDX: each check by the one change that it is there for."""
 
+import dataclasses
+import hashlib
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from sealane.attest.dcap import _verify_quote
-from sealane.attest.quotes import parse_quote
+from sealane.attest.appraise import Material, appraise
+from sealane.attest.dcap import judge_log, verify_quote
+from sealane.attest.eventlog import Event, EventLog
+from sealane.attest.quotes import TdReport, parse_quote
 from sealane.attest.reasons import Level
 from sealane.attest.verdict import Findings
 from sealane.crypto.chains import parse_certificates
 from sealane.errors import EvidenceError
 from tests.attest.dcap_rig import DAY, NOW, DcapRig, certify
+from tests.attest.tpm_rig import boot_events, encode_event_log
 
 Case = tuple[str, dict[str, Any], str]
 
@@ -205,7 +210,7 @@ def _refused(rig: DcapRig, files: dict[str, bytes], quote: bytes) -> bool:
     except EvidenceError:
         return True
     findings = Findings("quote")
-    _verify_quote(parsed, parse_certificates(rig.pck.pem)[0], findings)
+    verify_quote(parsed, parse_certificates(rig.pck.pem)[0], findings)
     return findings.refused
 
 
@@ -215,3 +220,33 @@ def codes(verdict: Any) -> set[str]:
 
 def refusals(verdict: Any) -> set[str]:
     return {reason.code for reason in verdict.reasons if reason.severity.value == "refusal"}
+
+
+def test_the_log_of_a_trust_domain_replays_to_its_registers() -> None:
+    def log(command: bytes, name: str = "sha384", register: int = 2) -> EventLog:
+        return EventLog((Event(register, 0x0D, {name: hashlib.new(name, command).digest()}, b""),), (name,), 0)
+
+    rtmr1 = log(b"kernel").replay("sha384")[2]
+    rig = DcapRig()
+    quote = parse_quote(rig.quote())
+    assert isinstance(quote.body, TdReport)
+    body = dataclasses.replace(quote.body, rtmr=(bytes(48), rtmr1, bytes(48), bytes(48)))
+    cases = [
+        (log(b"kernel"), False),
+        (log(b"other"), True),
+        (log(b"kernel", "sha256"), True),
+        (log(b"", register=0), True),
+    ]
+    for given, refused in cases:
+        findings = Findings("quote")
+        judge_log(given, body, findings)
+        assert findings.has("tdx.log-mismatch") is refused
+        assert findings.refused is refused
+
+
+def test_a_log_beside_a_quote_of_a_trust_domain_is_held_against_it() -> None:
+    rig = DcapRig()
+    material = Material()
+    for name, data in {**rig.files(), "ccel": encode_event_log(boot_events())}.items():
+        material.add(name, data)
+    assert refusals(appraise(material, rig.reference(), now=NOW)) == {"tdx.log-mismatch"}

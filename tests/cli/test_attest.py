@@ -1,30 +1,174 @@
-"""`sealane attest verify`: exit statuses and words, on evidence made by the tests' own roots."""
+"""`sealane attest verify`: files in, a verdict out, and the three exit statuses."""
 
+import base64
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from sealane.attest.reference import PAYLOAD_TYPE, pre_authentication_encoding
+from tests.attest.dcap_rig import DcapRig
 from tests.attest.tpm_rig import TpmRig
 from tests.cli.conftest import Run
 
-
-def test_what_is_no_evidence_is_not_understood(run: Run, tmp_path: Path) -> None:
-    strange = tmp_path / "strange"
-    strange.write_bytes(b"\x00" * 100)
-    told = run("attest", "verify", str(strange))
-    assert told.exit_code == 2
-    assert "attest.unknown-kind" in told.output
+AT = "2026-06-01T12:00:00Z"
 
 
-def test_a_file_that_is_missing_is_a_misuse(run: Run, tmp_path: Path) -> None:
-    told = run("attest", "verify", str(tmp_path / "absent"))
-    assert told.exit_code in {2, 5}
-    assert "absent" in told.output
+def written(directory: Path, files: dict[str, bytes]) -> list[str]:
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+    return [str(directory / name) for name in files]
 
 
-def test_a_log_alone_is_refused_with_reasons(run: Run, tmp_path: Path) -> None:
-    log = tmp_path / "ima"
-    log.write_bytes(TpmRig(root="hardware").files()["ima"])
-    told = run("attest", "verify", str(log), "--json", "--at", "2026-06-01T00:00:00Z")
-    assert told.exit_code == 1
-    facts = json.loads(told.stdout)
-    assert any(reason["code"] == "ima.unquoted" for reason in facts["reasons"])
+def reference_of(rig: DcapRig | TpmRig, directory: Path, **changes: Any) -> str:
+    path = directory / "reference.json"
+    path.write_text(rig.reference(**changes).model_dump_json(exclude_none=True))
+    return str(path)
+
+
+def signed(path: str, key: Ed25519PrivateKey, kind: str = PAYLOAD_TYPE) -> None:
+    payload = Path(path).read_bytes()
+    signature = key.sign(pre_authentication_encoding(kind, payload))
+    envelope = {
+        "payloadType": kind,
+        "payload": base64.b64encode(payload).decode(),
+        "signatures": [{"keyid": "", "sig": base64.b64encode(signature).decode()}],
+    }
+    Path(path).write_text(json.dumps(envelope))
+
+
+def public_key(key: Ed25519PrivateKey, directory: Path) -> str:
+    form = (serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    path = directory / "key.pem"
+    path.write_bytes(key.public_key().public_bytes(*form))
+    return str(path)
+
+
+def test_accepted_exits_with_0(run: Run, tmp_path: Path) -> None:
+    rig = DcapRig()
+    quote, *collateral = written(tmp_path, rig.files())
+    options = [word for path in collateral for word in ("--collateral", path)]
+    result = run("attest", "verify", quote, *options, "--reference", reference_of(rig, tmp_path), "--at", AT, "-v")
+    assert result.exit_code == 0, result.output
+    assert "✓ accepted as of 2026-06-01 12:00 UTC, level 4: isolated by a TEE; nothing of it on a vendor's root" in (
+        result.output
+    )
+    assert "quote: SGX or TDX quote" in result.output
+
+
+def test_refused_exits_with_1_and_tells_every_reason(run: Run, tmp_path: Path) -> None:
+    rig = DcapRig(td_attributes=1, revoke_pck=True)
+    files = written(tmp_path, rig.files())
+    result = run("attest", "verify", *files, "--reference", reference_of(rig, tmp_path), "--at", AT)
+    assert result.exit_code == 1
+    for text in ("✗ tee.debug", "✗ chain.revoked", "! tdx.sept-ve", "✗ refused as of"):
+        assert text in result.output
+    quiet = run("attest", "verify", *files, "--reference", reference_of(rig, tmp_path), "--at", AT, "-q")
+    assert "tee.debug" in quiet.stderr
+    assert quiet.stdout == ""
+
+
+def test_json_is_one_object(run: Run, tmp_path: Path) -> None:
+    rig = TpmRig()
+    files = written(tmp_path, rig.files())
+    reference = reference_of(rig, tmp_path)
+    result = run("attest", "verify", *files, "--reference", reference, "--at", AT, "--json")
+    assert result.exit_code == 0
+    (line,) = result.stdout.splitlines()
+    value = json.loads(line)
+    assert (value["type"], value["accepted"], value["level"], value["production_level"]) == ("verdict", True, 3, 0)
+    assert value["why_not"] == []
+    assert value["evidence"][0]["root"] == "TPM host-a (software)"
+    reason = value["reasons"][0]
+    assert set(reason) == {"code", "severity", "about", "sentence", "clause"}
+    assert {one["kind"] for one in value["files"]} >= {"TPM quote", "event log", "IMA log"}
+
+
+def test_a_level_not_reached_exits_with_1(run: Run, tmp_path: Path) -> None:
+    rig = TpmRig()
+    files = written(tmp_path, rig.files())
+    result = run("attest", "verify", *files, "--reference", reference_of(rig, tmp_path, minimum_level=4), "--at", AT)
+    assert result.exit_code == 1
+    assert "level 3 is reached and 4 is wanted" in result.output
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [(b"hello", "attest.unknown-kind"), (b"", "attest.unknown-kind"), (b'{"a": 1}', "attest.unknown-kind"),
+     (b"\x03\0\x02\0" + bytes(100), "attest.malformed"), (b"\x30\x82ab", "attest.malformed")],
+)  # fmt: skip
+def test_not_understood_exits_with_2(run: Run, tmp_path: Path, content: bytes, code: str) -> None:
+    (path,) = written(tmp_path, {"file": content})
+    result = run("attest", "verify", path, "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["code"] == code
+
+
+def test_misuse_exits_with_2(run: Run, tmp_path: Path) -> None:
+    (path,) = written(tmp_path, {"file": b"x"})
+    for arguments in ([path, "--at", "yesterday"], [path, "--reference-key", path], [str(tmp_path / "none")], []):
+        assert run("attest", "verify", *arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["1780315200", "2026-06-01T12:00:00+00:00", "2026-06-01T14:00:00+02:00", "2026-06-01 12:00"]
+)
+def test_times(run: Run, tmp_path: Path, text: str) -> None:
+    rig = DcapRig()
+    files = written(tmp_path, rig.files())
+    result = run("attest", "verify", *files, "--reference", reference_of(rig, tmp_path), "--at", text)
+    assert "as of 2026-06-01 12:00 UTC" in result.output
+
+
+def test_signed_reference_values(run: Run, tmp_path: Path) -> None:
+    rig, key = TpmRig(), Ed25519PrivateKey.generate()
+    files = written(tmp_path, rig.files())
+    reference, key_file = reference_of(rig, tmp_path), public_key(key, tmp_path)
+    unsigned = run("attest", "verify", *files, "--reference", reference, "--reference-key", key_file)
+    assert unsigned.exit_code == 2
+    signed(reference, key)
+    good = run("attest", "verify", *files, "--reference", reference, "--reference-key", key_file, "--at", AT)
+    assert good.exit_code == 0
+    without_key = run("attest", "verify", *files, "--reference", reference)
+    assert without_key.exit_code == 2
+    for spoil in ("key", "type", "payload"):
+        reference = reference_of(rig, tmp_path)
+        signed(
+            reference,
+            Ed25519PrivateKey.generate() if spoil == "key" else key,
+            "other" if spoil == "type" else PAYLOAD_TYPE,
+        )
+        if spoil == "payload":
+            value = json.loads(Path(reference).read_text())
+            value["payload"] = base64.b64encode(base64.b64decode(value["payload"]) + b" ").decode()
+            Path(reference).write_text(json.dumps(value))
+        result = run("attest", "verify", *files, "--reference", reference, "--reference-key", key_file, "--json")
+        assert result.exit_code == 2
+        assert json.loads(result.stdout)["code"] == "attest.reference-signature"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "version = 2", "version = 1\nnonsense = 1", "version = 1\nminimum_level = 5", 'version = 1\nuser_data = "xy"',
+     "{", '{"version": 1, "version": 1}', "version = 1\n[snp]\nmeasurement = []", "\x80"],
+)  # fmt: skip
+def test_a_reference_file_that_does_not_fit_is_not_half_used(run: Run, tmp_path: Path, text: str) -> None:
+    (path, reference) = written(tmp_path, {"file": TpmRig().quote(), "reference": text.encode("latin-1")})
+    result = run("attest", "verify", path, "--reference", reference, "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["code"] == "attest.reference"
+
+
+def test_toml(run: Run, tmp_path: Path) -> None:
+    rig = DcapRig(version=3)
+    text = (
+        f'version = 1\nminimum_level = 4\naccept_test_roots = true\ntest_roots = ["{rig.root.digest}"]\n'
+        f'user_data = "{bytes(range(1, 65)).hex()}"\nhosts = ["ppid:{bytes(range(16)).hex()}"]\n'
+        f'[sgx]\nmrenclave = ["{"0A" * 32}"]\n'
+    )
+    files = written(tmp_path, rig.files())
+    (reference,) = written(tmp_path, {"reference.toml": text.encode()})
+    assert run("attest", "verify", *files, "--reference", reference, "--at", AT).exit_code == 0

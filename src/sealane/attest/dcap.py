@@ -80,7 +80,7 @@ def appraise_quote(
         check_host([f"ppid:{platform.ppid.hex()}"], reference, findings)
         _judge_values(quote.body, reference, findings)
         if event_log is not None and isinstance(quote.body, TdReport):
-            _judge_log(event_log, quote.body, findings)
+            judge_log(event_log, quote.body, findings)
     return conclude(findings, kind=quote.kind, ceiling=Level.ISOLATED)
 
 
@@ -100,7 +100,7 @@ def _verify_signatures(
     check_revocation(chain, collateral.lists, now, findings)
     if leaf.name != PCK_NAME or len(chain) < 2 or chain[1].name not in PCK_ISSUERS:
         findings.add("dcap.pck", f"{leaf.name!r} is not a PCK certificate of one of Intel's PCK authorities")
-    _verify_quote(quote, leaf, findings)
+    verify_quote(quote, leaf, findings)
     try:
         return parse_pck_platform(leaf)
     except EvidenceError as error:
@@ -108,7 +108,8 @@ def _verify_signatures(
         return None
 
 
-def _verify_quote(quote: DcapQuote, pck: Certificate, findings: Findings) -> None:
+def verify_quote(quote: DcapQuote, pck: Certificate, findings: Findings) -> None:
+    """PCK over QE report, QE report over attestation key and auth data, attestation key over the quote."""
     try:
         pck.public_key.verify_ecdsa(quote.qe_signature, quote.qe_report.raw, hash_name="sha256")
     except SignatureInvalid:
@@ -256,7 +257,7 @@ def _judge_values(body: EnclaveReport | TdReport, reference: Reference, findings
         _judge_domain(body, reference, findings)
 
 
-def _judge_log(log: EventLog, body: TdReport, findings: Findings) -> None:
+def judge_log(log: EventLog, body: TdReport, findings: Findings) -> None:
     """The CC event log: its measurement registers 1 to 4 are RTMR0 to RTMR3 (ACPI CCEL)."""
     if "sha384" not in log.algorithms:
         findings.add("tdx.log-mismatch", "the event log has no SHA-384 digests, which RTMRs are made of")

@@ -166,9 +166,10 @@ def _from_values(
     if log is not None and bank not in log.algorithms:
         findings.add("tpm.pcr-replay", f"the boot log has no digests for the bank {bank}")
     elif log is not None:
-        replayed = log.replay(bank)
-        for pcr in sorted(set(replayed) & set(values[bank])):
-            if replayed[pcr] != values[bank][pcr]:
+        # 10 and above may be extended without the firmware's log; 0 to 9 are the boot's, and hiding all events of one shows
+        told = (set(log.replay(bank)) | set(range(10))) & set(values[bank])
+        for pcr, value in _by_log(log, bank, sorted(told)).items():
+            if value != values[bank][pcr]:
                 findings.add(
                     "tpm.pcr-replay", f"the boot log does not replay to PCR {pcr}: events are missing or false"
                 )
