@@ -159,7 +159,7 @@ class Job(ABC):
 
         Raises `migration.over` after the end, `migration.too-late` once handing over.
         """
-        if self.ended.is_set():
+        if self.ended.is_set() or State(self._migration.state) in ENDED:
             raise make_error("migration.over", f"migration {self._migration.number} is {self._migration.state}")
         if State(self._migration.state) in BEYOND_CANCEL:
             raise make_error("migration.too-late")

@@ -150,6 +150,7 @@ class DestinationMigration(Job):
         self._launched: LaunchedMachine | None = None
         self._log_path = context.paths.state / "log" / f"{vm.name}.log"
         self._loaded_told = False
+        self._resumed = False
         self._main_attached = asyncio.Event()
         self._attaching: set[asyncio.Task[None]] = set()
         self._begun = time.monotonic()
@@ -281,6 +282,7 @@ class DestinationMigration(Job):
     async def _take_over(self, qemu: QmpMachine, ticket: messages.Ticket) -> None:
         self._step(Input.TICKET_JOURNALLED, epoch=ticket.epoch, runs_at="destination", detail="resuming the VM")
         await uninterrupted(qemu.resume())
+        self._resumed = True
         resumed = time.monotonic()
         if await qemu.run_state() != "running":
             raise make_error("vm.not-running", "QEMU did not resume the VM")
@@ -320,19 +322,28 @@ class DestinationMigration(Job):
 
     async def _refuse_or_keep(self, reason: SealaneError) -> None:
         """The ticket is ours. A copy that runs stays, whoever else failed; one that never ran may be given back."""
-        try:
-            async with QmpMachine.connect(self._vm.qmp) as qemu:
-                runs = await qemu.run_state() == "running"
-        except SealaneError:
-            runs = False
-        if runs:
+        if self._resumed or await self._runs():
             self._handover.step(Input.FAILED)
             self._enclave.finish()
             self.end(state="completed", runs_at="destination", problem=problem_of(reason))
             return
-        await self._refuse(reason)
+        try:
+            await self._refuse(reason)
+        except (SealaneError, OSError) as stuck:  # a copy that cannot be destroyed must not be called given back
+            self._handover.step(Input.FAILED)
+            self._enclave.finish()
+            problem = stuck if isinstance(stuck, SealaneError) else reason
+            self.end(state="completed", runs_at="in-doubt", problem=problem_of(problem))
+            return
         self._handover.step(Input.REFUSED)
         self.end(state="aborted", runs_at="source", problem=problem_of(reason))
+
+    async def _runs(self) -> bool:
+        try:
+            async with QmpMachine.connect(self._vm.qmp) as qemu:
+                return await qemu.run_state() == "running"
+        except SealaneError:
+            return False
 
     async def _refuse(self, reason: SealaneError) -> None:
         """Destroy the copy, which never ran, and then say so to the source."""

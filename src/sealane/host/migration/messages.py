@@ -21,6 +21,8 @@ from sealane.host.models import Name
 from sealane.limits import LANES_MAX
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# Far beyond any VM's moves, and within what the journal's integers and every peer's can hold.
+EPOCH_MAX = 1 << 53
 Text = Annotated[str, Field(max_length=200)]
 Channels = Annotated[int, Field(ge=0, le=LANES_MAX - 2)]
 Version = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
@@ -42,7 +44,7 @@ class Prepare(_Message):
     cpus: Annotated[int, Field(gt=0)]
     capabilities: Annotated[list[Text], Field(max_length=100)]
     multifd_channels: Channels | None
-    epoch: Annotated[int, Field(ge=0)]
+    epoch: Annotated[int, Field(ge=0, le=EPOCH_MAX)]
 
 
 class Prepared(_Message):
@@ -64,7 +66,7 @@ class Ticket(_Message):
 
     kind: Literal["ticket"] = "ticket"
     vm: Name
-    epoch: Annotated[int, Field(gt=0)]
+    epoch: Annotated[int, Field(gt=0, le=EPOCH_MAX + 1)]
     digest: Digest
 
 
@@ -73,7 +75,7 @@ class Receipt(_Message):
 
     kind: Literal["receipt"] = "receipt"
     vm: Name
-    epoch: Annotated[int, Field(gt=0)]
+    epoch: Annotated[int, Field(gt=0, le=EPOCH_MAX + 1)]
     since_resume_ms: Annotated[float, Field(ge=0)]
 
 

@@ -278,6 +278,8 @@ class SourceMigration(Job):
     async def _hand_over(
         self, enclave: EnclaveProcess, qemu: QmpMachine, loaded: messages.Loaded, vm: VmDescription
     ) -> None:
+        if enclave.failed.done():  # known before anything is given up
+            raise enclave.failed.result()
         epoch = self.store.epoch(self._vm.name) + 1
         self._step(Input.RELEASED, epoch=epoch, detail="handing over")
         enclave.call(
@@ -303,7 +305,7 @@ class SourceMigration(Job):
         except SealaneError as error:  # the VM is away all the same; `end` writes it down as soon as it can
             self.log.error("the receipt was not journalled", code=error.code, detail=error.detail)
         try:
-            await qemu.quit()
+            await uninterrupted(qemu.quit())
         except SealaneError as error:
             self.log.warning("the paused copy did not end", code=error.code, detail=error.detail)
         self.end(**done)
