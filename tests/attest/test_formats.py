@@ -217,6 +217,20 @@ def test_the_templates_encode_as_the_kernel_does() -> None:
     assert not first.consistent
 
 
+def test_an_ima_log_of_a_firmware_pcr_is_none() -> None:
+    for pcr in (0, 4, 7, 15, 23):
+        with pytest.raises(EvidenceError):
+            ima.parse_ima_log(f"{pcr} {'00' * 20} ima-ng sha256:{'ab' * 32} /init\n".encode())
+
+
+def test_a_quote_with_a_bank_twice_is_none() -> None:
+    quote = TPM["quote"]
+    at = quote.rindex(struct.pack(">IHB", 1, 0x000B, 3))
+    twice = struct.pack(">I", 2) + quote[at + 4 : at + 10] * 2 + quote[at + 10 :]
+    with pytest.raises(EvidenceError, match="twice"):
+        tpm.parse_tpm_quote(quote[:at] + twice)
+
+
 def certificate_table(vcek: bytes, chain_pem: bytes) -> bytes:
     ask, ark = (one.der for one in parse_certificates(chain_pem))
     guids = (

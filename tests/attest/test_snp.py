@@ -5,13 +5,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, utils
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
 
 from sealane.attest.appraise import Material, appraise
 from sealane.attest.reasons import Level
 from sealane.attest.reference import Reference
 from sealane.attest.verdict import Verdict
+from sealane.crypto.chains import LinkBroken, parse_certificates, parse_revocation_list
 from sealane.errors import EvidenceError
 from tests.attest.dcap_rig import DAY, NOW, USER_DATA, Authority, certify, integer, revocations, tlv
 
@@ -208,3 +210,16 @@ def test_every_byte_of_report_and_signature_counts() -> None:
 
 def codes(verdict: Verdict) -> set[str]:
     return {reason.code for reason in verdict.reasons}
+
+
+def test_a_list_that_is_signed_with_pss_as_amd_signs() -> None:
+    ark = certify("ARK-Test", None, key=rsa.generate_private_key(65537, 2048))
+    other = certify("ARK-Test", None, key=rsa.generate_private_key(65537, 2048))
+    builder = x509.CertificateRevocationListBuilder().issuer_name(ark.certificate.subject)
+    builder = builder.last_update(NOW - DAY).next_update(NOW + DAY)
+    form = padding.PSS(padding.MGF1(hashes.SHA384()), 48)
+    signed = builder.sign(ark.key, hashes.SHA384(), rsa_padding=form)
+    found = parse_revocation_list(signed.public_bytes(serialization.Encoding.DER))
+    found.verify_issued_by(parse_certificates(ark.pem)[0])
+    with pytest.raises(LinkBroken):
+        found.verify_issued_by(parse_certificates(other.pem)[0])

@@ -20,7 +20,7 @@ whether trying again can help. This page is made from `src/sealane/errors.py`.
 | status | meaning |
 | --- | --- |
 | 0 | done; for `migrate`: the VM runs at the destination (with `--detach`: the agent has begun) |
-| 1 | the interpreter failed, or the output could not be written |
+| 1 | the interpreter failed, or the output could not be written; for `attest verify`: the evidence is refused |
 """
 _ERRORS_TAIL = """\
 | 4 | kept for attestation; not used yet |

@@ -20,6 +20,7 @@ NAME_BYTES_MAX: Final = 4096 + 256  # PATH_MAX, and what the kernel puts around 
 FIELD_BYTES_MAX: Final = 1024 * 1024
 TEMPLATES: Final = {"ima": 2, "ima-ng": 2, "ima-sig": 3, "ima-buf": 3}
 _DIGESTS: Final = {20: "sha1", 32: "sha256", 48: "sha384", 64: "sha512"}
+_PCRS: Final = range(8, 15)  # CONFIG_IMA_MEASURE_PCR_IDX; those below are the firmware's
 _IMA_NAME_BYTES: Final = 256  # IMA_EVENT_NAME_LEN_MAX and its NUL, in the template `ima`
 _LINE: Final = re.compile(rb"^\s*\d{1,2} [0-9a-f]{40,128} (ima|ima-ng|ima-sig|ima-buf) ")
 
@@ -148,7 +149,7 @@ def _entry(
 ) -> ImaEntry:
     algorithm, file_digest = measured
     raw_name = name.encode()
-    if pcr >= 24 or len(digest) not in _DIGESTS or len(raw_name) > NAME_BYTES_MAX or len(algorithm) > 32:
+    if pcr not in _PCRS or len(digest) not in _DIGESTS or len(raw_name) > NAME_BYTES_MAX or len(algorithm) > 32:
         raise EvidenceError("attest.malformed", f"{what}: PCR, digest or name cannot be")
     if template == "ima":
         if len(raw_name) >= _IMA_NAME_BYTES:

@@ -23,6 +23,7 @@ from sealane.crypto.signatures import SignatureInvalid
 
 BOOT_PCRS: Final = tuple(range(8))
 _WEAK: Final = ("sha1", "md5")
+_MEASURED_LEAST: Final = 2  # boot_aggregate and one file
 _SHOWN: Final = 3  # how many files of a long list a sentence names
 
 
@@ -261,6 +262,12 @@ def _judge_runtime(
         return
     if count < len(log.entries):
         findings.add("ima.unproved-tail", f"the last {len(log.entries) - count} IMA entries came after the quote")
+    if count < _MEASURED_LEAST:
+        # IMA switched off leaves its PCR at zero, and without a policy it measures nothing but the boot
+        findings.add(
+            "tpm.runtime-log-missing", "the quote covers no file of the IMA log: nothing was measured at run time"
+        )
+        return
     _judge_aggregate(log, evidence.boot_log, findings)
     _judge_entries(log, count, reference, findings)
     if not findings.refused:

@@ -177,12 +177,15 @@ def _selection(reader: Reader) -> tuple[tuple[str, tuple[int, ...]], ...]:
     count = reader.number(4)
     if count > _BANKS_MAX:
         raise reader.malformed(f"{count} banks")
-    banks = []
+    banks: list[tuple[str, tuple[int, ...]]] = []
     for _ in range(count):
         algorithm, bits = reader.number(2), reader.counted(1, 8)
         indexes = tuple(8 * at + bit for at, byte in enumerate(bits) for bit in range(8) if byte >> bit & 1)
+        name = HASHES.get(algorithm, f"alg-{algorithm:04x}")
+        if any(name == known for known, _ in banks):
+            raise reader.malformed(f"the bank {name} twice")
         if indexes:
-            banks.append((HASHES.get(algorithm, f"alg-{algorithm:04x}"), indexes))
+            banks.append((name, indexes))
     return tuple(banks)
 
 

@@ -13,10 +13,18 @@ from typing import Final
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
-from cryptography.utils import CryptographyDeprecationWarning
 
 from sealane.crypto.signatures import KeyMalformed, PublicKey, SignatureInvalid
 
+# What pyca raises over bytes that are no certificate, list or key that it knows; not all of it is a ValueError.
+_UNREADABLE: Final = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 CERTIFICATES_MAX: Final = 16  # the longest real chain has four
 _PEM_CERTIFICATE: Final = re.compile(
     rb"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----.{1,65536}?-----END (?:X509 |TRUSTED )?CERTIFICATE-----", re.DOTALL
@@ -110,6 +118,12 @@ def parse_certificates(data: bytes) -> tuple[Certificate, ...]:
 
 def parse_revocation_list(data: bytes) -> RevocationList:
     """DER or PEM; raises CertificateMalformed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # odd names in hostile bytes are no news for standard error
+        return _read_revocation_list(data)
+
+
+def _read_revocation_list(data: bytes) -> RevocationList:
     try:
         revocations = x509.load_pem_x509_crl(data) if b"-----BEGIN" in data else x509.load_der_x509_crl(data)
         partial = any(extension.critical for extension in revocations.extensions)
@@ -122,7 +136,7 @@ def parse_revocation_list(data: bytes) -> RevocationList:
             serials=frozenset(one.serial_number for one in revocations),
             indirect_or_partial=partial,
         )
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except _UNREADABLE as error:
         raise CertificateMalformed("not a revocation list") from error
 
 
@@ -140,16 +154,16 @@ def _pss_signature_is_valid(revocations: x509.CertificateRevocationList, issuer:
 def _from_pem(block: bytes) -> bytes:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CryptographyDeprecationWarning)
+            warnings.simplefilter("ignore", UserWarning)
             return x509.load_pem_x509_certificate(block).public_bytes(serialization.Encoding.DER)
-    except ValueError as error:
+    except _UNREADABLE as error:
         raise CertificateMalformed("not a certificate") from error
 
 
 def _load(der: bytes) -> x509.Certificate:
     with warnings.catch_warnings():
         # AMD's chip certificates all have the serial number 0, which RFC 5280 does not allow.
-        warnings.simplefilter("ignore", CryptographyDeprecationWarning)
+        warnings.simplefilter("ignore", UserWarning)
         return x509.load_der_x509_certificate(der)
 
 
@@ -160,7 +174,7 @@ _KNOWN: Final = (
 
 def _certificate(der: bytes) -> Certificate:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CryptographyDeprecationWarning)
+        warnings.simplefilter("ignore", UserWarning)
         return _read_certificate(der)
 
 
@@ -197,7 +211,7 @@ def _read_certificate(der: bytes) -> Certificate:
         )
     except KeyMalformed as error:
         raise CertificateMalformed(f"a certificate with {error}") from error
-    except (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension) as error:
+    except _UNREADABLE as error:
         raise CertificateMalformed("not a certificate") from error
 
 
