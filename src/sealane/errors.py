@@ -131,6 +131,10 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
             "the file of reference values is not signed by the key that was given",
             "fetch file and key again from who signs them",
         ),
+        "receipt.malformed": Entry(
+            "this is no receipt, or one that was changed",
+            "see `sealane receipts verify`; the other end may hold a copy",
+        ),
     },
     PeerError: {
         "peer.unreachable": Entry(
@@ -223,6 +227,7 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         "migration.over": Entry("the migration has ended already", "see `sealane status`"),
         "migration.too-late": Entry("the hand-over has begun and can no longer be cancelled", "wait for its end"),
         "migration.cancelled": Entry("the migration was cancelled", _HOST_RUNS),
+        "receipt.unknown": Entry("no such receipt", "see `sealane receipts list`"),
         "check.vm-unknown": Entry(
             "the destination does not know the VM", "add it there: `sealane vm add NAME --qmp PATH --launch-incoming …`"
         ),

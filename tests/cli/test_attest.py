@@ -9,7 +9,8 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from sealane.attest.reference import PAYLOAD_TYPE, pre_authentication_encoding
+from sealane.attest.reference import PAYLOAD_TYPE
+from sealane.crypto.dsse import pre_authentication_encoding
 from tests.attest.dcap_rig import DcapRig
 from tests.attest.tpm_rig import TpmRig
 from tests.cli.conftest import Run

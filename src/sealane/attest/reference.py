@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from sealane.attest.reading import decode_text, parse_json
 from sealane.attest.reasons import Level
+from sealane.crypto.dsse import pre_authentication_encoding
 from sealane.crypto.signatures import KeyMalformed, SignatureInvalid, parse_public_key
 from sealane.errors import EvidenceError
 
@@ -145,12 +146,6 @@ def parse_reference(data: bytes, *, key: bytes | None = None) -> Reference:
     elif key is not None:
         raise EvidenceError("attest.reference-signature", "a key was given and the file is not signed")
     return _validated(value)
-
-
-def pre_authentication_encoding(payload_type: str, payload: bytes) -> bytes:
-    """What a DSSE signature covers (DSSE protocol, PAE)."""
-    kind = payload_type.encode()
-    return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
 
 
 def open_envelope(envelope: dict[str, Any], key: bytes) -> bytes:

@@ -27,6 +27,7 @@ COMMANDS = (
     "migrate",
     "status",
     "cancel",
+    "receipts",
     "doctor",
     "attest",
     "debug",

@@ -70,6 +70,8 @@ class Screen:
         if result is not None and result.downtime_ms is not None:
             self.out.detail(labelled("copy", f"{result.copy_ms or 0:.0f} ms from QEMU's start to the receipt"))
         self.out.line(f"✓ {migration.vm} runs on {migration.peer}     {' · '.join(success_parts(migration))}")
+        if migration.receipt is not None:
+            self.out.line(labelled("receipt", f"{migration.receipt} (sealane receipts verify {migration.receipt})"))
 
     def stop(self) -> None:
         """Leave the terminal as it was."""

@@ -46,6 +46,16 @@ def add(
             help="How to start its QEMU here to receive it: one quoted string, or all words that follow.",
         ),
     ] = None,
+    least_level: Annotated[
+        int,
+        typer.Option(
+            "--least-level", metavar="N", min=0, max=4, help="The trust level that it asks of the other host."
+        ),
+    ] = 0,
+    label: Annotated[
+        list[str] | None,
+        typer.Option("--label", metavar="KEY=VALUE", help="A word for policies, as tier=web; may be repeated."),
+    ] = None,
     out: Output,
 ) -> None:
     """Make a VM known to this host's agent.
@@ -61,7 +71,13 @@ def add(
     """
     launch = _launch_command(launch_incoming, words_after)
     try:
-        definition = VmDefinition(name=name, qmp=os.path.abspath(qmp), launch_incoming=launch)
+        definition = VmDefinition(
+            name=name,
+            qmp=os.path.abspath(qmp),
+            launch_incoming=launch,
+            least_level=least_level,
+            labels=_labels(label or []),
+        )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise UsageError("usage.argument", f"{first['loc'][0]} does not fit: {first['msg']}") from error
@@ -90,7 +106,7 @@ def list_(*, out: Output) -> None:
         out.line("no VM is known; add one: sealane vm add NAME --qmp PATH")
         return
     out.table(
-        ["VM", "DRIVER", "STATE", "MEMORY", "CPUS", "QEMU", "CAN ARRIVE", "EPOCH"],
+        ["VM", "DRIVER", "STATE", "MEMORY", "CPUS", "QEMU", "CAN ARRIVE", "ASKS FOR", "EPOCH"],
         [
             [
                 vm.name,
@@ -100,6 +116,7 @@ def list_(*, out: Output) -> None:
                 _or_dash(vm.cpus),
                 _or_dash(vm.qemu_version),
                 "yes" if vm.launch_incoming else "no",
+                f"level ≥ {vm.least_level}" if vm.least_level else "-",
                 str(vm.epoch),
             ]
             for vm in vms
@@ -131,6 +148,8 @@ def show(name: NameArgument, *, out: Output) -> None:
         "arrives by": "-" if vm.launch_incoming is None else shlex.join(vm.launch_incoming),
         "known from": {"registered": "sealane vm add", "file": "the configuration"}[vm.source],
         "epoch": str(vm.epoch),
+        "asks for": f"level {vm.least_level} or more" if vm.least_level else "-",
+        "labels": ", ".join(f"{key}={value}" for key, value in vm.labels.items()) or "-",
         "migration": _or_dash(vm.migration),
     }
     for label, value in facts.items():
@@ -168,6 +187,16 @@ def _launch_command(quoted: str | None, after: list[str] | None) -> list[str] | 
     if not split:
         raise UsageError("usage.argument", "the launch command is empty")
     return split
+
+
+def _labels(texts: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or key in found:
+            raise UsageError("usage.argument", f"{text!r} is no label, or one of its key is there already")
+        found[key] = value
+    return found
 
 
 def _state(vm: Vm) -> str:

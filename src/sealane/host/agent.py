@@ -28,6 +28,7 @@ from sealane.host.migration.source import SourceMigration
 from sealane.host.models import Host, Migration, MigrationRequest, Peer, VmDefinition
 from sealane.host.notify import notify
 from sealane.host.peers import Peers
+from sealane.host.receipts.chain import Receipts
 from sealane.host.recovery import Recovery
 from sealane.host.registry import Registry
 from sealane.host.store import Store
@@ -74,7 +75,8 @@ class Agent:
         self.log = structlog.get_logger().bind(host=settings.name)
         self.identity = load_identity(paths)
         self.store = Store(paths.database)
-        self.jobs = Jobs(self.store, migrations_max=settings.limits.migrations_max)
+        self.receipts = Receipts(paths.state, self.store, self.identity, self.identity.name)
+        self.jobs = Jobs(self.store, migrations_max=settings.limits.migrations_max, issue=self.receipts.issue)
         self.peers = Peers(self.store)
         self.registry = Registry(self.store, paths.config / VMS_FILE, self.jobs)
         self.listener = make_listener(self)
@@ -126,6 +128,8 @@ class Agent:
                 )
                 remove_socket_directories(self.paths.run)
                 await recovery.recover()
+                for migration in self.receipts.catch_up():
+                    self.log.info("receipt written late", migration=migration.id[:8], receipt=migration.receipt)
                 await self._serve(stack, recovery)
                 self.log.info("ready", listen=self.describe().listen, socket=str(self.paths.agent_socket))
                 notify("READY=1", f"STATUS=listening on {self.describe().listen}")

@@ -26,10 +26,16 @@ from sealane.session.handover import ENDED, Handover, Input, State
 from sealane.session.handover import Role as HandoverRole
 
 Clock = Callable[[], datetime]
+# Writes the receipt of a migration that rests, and gives the snapshot with its number.
+Issue = Callable[[Migration], Migration]
 # Progress events that wait for a slow subscriber; older ones are dropped first.
 PROGRESS_WAITING_MAX: Final = 16
 # States of a source whose VM may be elsewhere; it can no longer be cancelled.
 BEYOND_CANCEL: Final = frozenset({State.HANDING_OVER, State.IN_DOUBT})
+
+
+def _no_receipt(migration: Migration) -> Migration:
+    return migration
 
 
 def runs_at_after(role: Role, state: State) -> RunsAt:
@@ -42,6 +48,9 @@ def runs_at_after(role: Role, state: State) -> RunsAt:
 def state_after_failure(migration: Migration) -> State:
     """Where a failure at this moment leads, by the hand-over's table."""
     return Handover(HandoverRole(migration.role), State(migration.state)).step(Input.FAILED)
+
+
+_log = structlog.get_logger()
 
 
 class Subscription:
@@ -91,6 +100,7 @@ class Job(ABC):
         self.cancel_code = "migration.cancelled"
         self.ended = asyncio.Event()
         self.end_is_journalled = True
+        self.issue: Issue = _no_receipt
         self.task: asyncio.Task[None] | None = None
         self._migration = migration
         self._subscriptions: set[Subscription] = set()
@@ -124,6 +134,8 @@ class Job(ABC):
         **changes: Any,
     ) -> Migration:
         """`update`, durably: the journal has it before the snapshot changes. Raises host.store, host.disk-full."""
+        if epoch is not None:
+            changes["epoch"] = epoch
         self.store.journal(self._with(changes), qmp=qmp, launched=launched, epoch=epoch)
         return self.update(**changes) if changes else self._migration
 
@@ -141,6 +153,8 @@ class Job(ABC):
         except SealaneError as error:
             self.end_is_journalled = False
             self.log.error("the end was not journalled", code=error.code, detail=error.detail)
+        else:
+            self._migration = self._issue(self._migration)
         self.ended.set()
         self._publish("end")
         self._subscriptions.clear()
@@ -181,6 +195,14 @@ class Job(ABC):
         """Send a subscriber nothing more."""
         self._subscriptions.discard(subscription)
 
+    def _issue(self, migration: Migration) -> Migration:
+        """Have the receipt written; where that fails, the next agent writes it: the journal has all that it says."""
+        try:
+            return self.issue(migration)
+        except SealaneError as error:
+            self.log.error("the receipt was not written", code=error.code, detail=error.detail)
+            return migration
+
     def _with(self, changes: dict[str, Any]) -> Migration:
         return Migration.model_validate({**self._migration.model_dump(), **changes})
 
@@ -210,8 +232,16 @@ class Job(ABC):
 class Jobs:
     """All migrations of this host: the live ones, those a previous agent left, and the history."""
 
-    def __init__(self, store: Store, *, migrations_max: int = MIGRATIONS_MAX, clock: Clock = utc_now) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        migrations_max: int = MIGRATIONS_MAX,
+        clock: Clock = utc_now,
+        issue: Issue = _no_receipt,
+    ) -> None:
         self._store = store
+        self._issue = issue
         self._clock = clock
         self._migrations_max = migrations_max
         self._live: dict[str, Job] = {}
@@ -228,6 +258,7 @@ class Jobs:
         peer: str,
         id: str | None = None,
         qmp: str | None = None,
+        requested_by: str | None = None,
     ) -> Job:
         """Number a migration, journal it, and run the job that `make_job` builds for it.
 
@@ -244,15 +275,41 @@ class Jobs:
             state="preparing",
             runs_at="source",
             started_at=self._clock(),
+            requested_by=requested_by,
         )
         if id is not None and self._store.find(id):
             raise PeerError("peer.message", "that migration id was used before")
         job = make_job(migration)
+        job.issue = self._issue
         self._store.journal(migration, qmp=qmp)
         self._live[migration.id] = job
         job.task = asyncio.create_task(job.supervise(), name=f"migration {migration.number}")
         job.task.add_done_callback(lambda _task: self._forget(job))
         return job
+
+    def refuse(self, error: SealaneError, *, vm: str, role: Role, peer: str, id: str, **details: Any) -> None:
+        """Journal a peer's wish that was refused before it became a job, and write its receipt; never raises."""
+        try:
+            if self._store.find(id):
+                return
+            now = self._clock()
+            migration = Migration(
+                id=id,
+                number=self._store.next_number(),
+                vm=vm,
+                role=role,
+                peer=peer,
+                state="aborted",
+                runs_at="source",
+                started_at=now,
+                ended_at=now,
+                problem=problem_of(error),
+                **details,
+            )
+            self._store.journal(migration)
+            self._issue(migration)
+        except SealaneError as failure:
+            _log.error("a refusal was not journalled", migration=id[:8], code=failure.code, detail=failure.detail)
 
     def _check_room(self, vm: str) -> None:
         if self._stopping:
@@ -266,6 +323,7 @@ class Jobs:
         """Journal what could not be journalled when it happened; raises as the store does."""
         for migration in list(self._unwritten.values()):
             self._store.journal(migration)
+            self._issue(migration)
             del self._unwritten[migration.id]
 
     def _forget(self, job: Job) -> None:
@@ -356,11 +414,19 @@ class Jobs:
     def settle(self, migration: Migration) -> Migration:
         """Journal what became of an adopted migration; once it has ended, its VM is free."""
         self._store.journal(migration)
+        migration = self._receipted(migration)
         if State(migration.state) in ENDED:
             self._left_over.pop(migration.id, None)
         else:
             self._left_over[migration.id] = migration
         return migration
+
+    def _receipted(self, migration: Migration) -> Migration:
+        try:
+            return self._issue(migration)
+        except SealaneError as error:
+            _log.error("the receipt was not written", migration=migration.id[:8], code=error.code)
+            return migration
 
     # The end
 

@@ -12,6 +12,14 @@ from sealane.limits import LANES_MAX
 
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Fingerprint = Annotated[str, Field(pattern=r"^SHA256:[0-9a-f]{64}$")]
+Labels = Annotated[
+    dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")],
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,63}$")],
+    ],
+    Field(max_length=32),
+]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 MigrationId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 Role = Literal["source", "destination"]
@@ -60,11 +68,16 @@ class Peer(Model):
 
 
 class VmDefinition(Model):
-    """A VM as the user names it: its QMP socket here, and how to launch it to receive a migration here."""
+    """A VM as the user names it: its QMP socket here, and how to launch it to receive a migration here.
+
+    `least_level` is the trust level that it asks of the other host, `labels` are words for policies.
+    """
 
     name: Name
     qmp: Annotated[str, Field(min_length=1, max_length=107, pattern=r"^/")]
     launch_incoming: list[str] | None = None
+    least_level: Annotated[int, Field(ge=0, le=4)] = 0
+    labels: Labels = Field(default_factory=dict)
 
 
 class Vm(VmDefinition):
@@ -118,8 +131,39 @@ class Result(Model):
     enclave_peak_rss_bytes: int | None = None
 
 
+class Evidence(Model):
+    """One piece of evidence that a verdict rests on, by its digest."""
+
+    kind: str
+    sha256: Digest
+
+
+class PeerTrust(Model):
+    """What this host knows of a peer: how far it is trusted, and what that rests on. Level 1 is a pinned certificate."""
+
+    level: Annotated[int, Field(ge=0, le=4)] = 1
+    production_level: Annotated[int, Field(ge=0, le=4)] = 1
+    root: str = "pinned certificate (identity only)"
+    identities: list[str] = Field(default_factory=list)
+    evidence: list[Evidence] = Field(default_factory=list)
+    reasons: list[str] = Field(default_factory=list)
+    seen_at: datetime | None = None
+
+
+class PolicyDecision(Model):
+    """What the policy said, and which policy it was: the SHA-256 of its files, the ids that decided, and a sentence."""
+
+    decision: Literal["allow", "deny"]
+    digest: Digest
+    source: Literal["default", "files"]
+    policies: list[str] = Field(default_factory=list)
+    words: str
+    code: str | None = None
+
+
 class Migration(Model):
-    """One migration as one host sees it."""
+    """One migration as one host sees it. `receipt` is the number of its receipt here, `peer_receipt` the digest of the
+    other end's, `stream_digest` that of all records of all lanes."""
 
     id: MigrationId
     number: int
@@ -139,6 +183,14 @@ class Migration(Model):
     kex_group: str | None = None
     cipher: str | None = None
     multifd_channels: int | None = None
+    requested_by: str | None = None
+    epoch: int | None = None
+    peer_fingerprint: Fingerprint | None = None
+    peer_trust: PeerTrust | None = None
+    policy: PolicyDecision | None = None
+    stream_digest: Digest | None = None
+    peer_receipt: Digest | None = None
+    receipt: int | None = None
 
 
 class Event(Model):

@@ -16,10 +16,9 @@ from typing import Final
 from pydantic import TypeAdapter
 
 from sealane.errors import make_error
-from sealane.host.models import Migration, Peer, VmDefinition
+from sealane.host.models import Migration, Peer, PeerTrust, VmDefinition
 from sealane.hypervisor.launch import LaunchedMachine
 
-SCHEMA_VERSION: Final = 1
 SCHEMA: Final = """
 CREATE TABLE peers (
     name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL UNIQUE, address TEXT, port INTEGER, changed_at TEXT NOT NULL
@@ -37,9 +36,24 @@ CREATE INDEX migrations_of_vm ON migrations (vm, number);
 CREATE INDEX migrations_unfinished ON migrations (number) WHERE state NOT IN ('completed', 'aborted');
 """
 
+# What each later version adds to the one before; never changed once released.
+UPGRADES: Final = (
+    """
+ALTER TABLE vms ADD COLUMN least_level INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE vms ADD COLUMN labels TEXT NOT NULL DEFAULT '{}';
+CREATE TABLE receipts (
+    sequence INTEGER PRIMARY KEY, digest TEXT NOT NULL, migration TEXT NOT NULL, state TEXT NOT NULL,
+    noted_at TEXT NOT NULL, UNIQUE (migration, state)
+) STRICT;
+CREATE TABLE sightings (fingerprint TEXT PRIMARY KEY, trust TEXT NOT NULL, seen_at TEXT NOT NULL) STRICT;
+""",
+)
+SCHEMA_VERSION: Final = 1 + len(UPGRADES)
+
 HISTORY_LIMIT: Final = 200
 ID_BEGINNING_MIN: Final = 8
 _ARGV: Final = TypeAdapter(list[str])
+_LABELS: Final = TypeAdapter(dict[str, str])
 
 
 @dataclass(frozen=True)
@@ -90,16 +104,17 @@ class Store:
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            # executescript would commit first; one transaction makes a half-made database impossible
-            self._db.execute("BEGIN IMMEDIATE")
-            for statement in SCHEMA.split(";"):
-                self._db.execute(statement)
-            self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION:d}")
-            self._db.execute("COMMIT")
-        elif version != SCHEMA_VERSION:
+        if not 0 <= version <= SCHEMA_VERSION:
             detail = f"{self._path} has schema {version}; this Sealane knows {SCHEMA_VERSION}"
             raise make_error("host.store", detail, mend="use the Sealane version that wrote it, or a newer one")
+        if version < SCHEMA_VERSION:
+            # executescript would commit first; one transaction makes a half-made database impossible
+            self._db.execute("BEGIN IMMEDIATE")
+            for script in (SCHEMA, *UPGRADES)[version:]:
+                for statement in script.split(";"):
+                    self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION:d}")
+            self._db.execute("COMMIT")
 
     def __enter__(self) -> "Store":
         return self
@@ -156,18 +171,29 @@ class Store:
 
     def vms(self) -> list[VmDefinition]:
         """All registered VMs, by name."""
+        query = "SELECT name, qmp, launch_incoming, least_level, labels FROM vms ORDER BY name"
         return [
             VmDefinition.model_validate(
-                {"name": name, "qmp": qmp, "launch_incoming": _ARGV.validate_json(str(argv)) if argv else None}
+                {
+                    "name": name,
+                    "qmp": qmp,
+                    "launch_incoming": _ARGV.validate_json(str(argv)) if argv else None,
+                    "least_level": level,
+                    "labels": _LABELS.validate_json(str(labels)),
+                }
             )
-            for name, qmp, argv in self._rows("SELECT name, qmp, launch_incoming FROM vms ORDER BY name")
+            for name, qmp, argv, level, labels in self._rows(query)
         ]
 
     def add_vm(self, vm: VmDefinition) -> None:
         """Register a VM; the caller has looked that its name and socket are free."""
         argv = None if vm.launch_incoming is None else _ARGV.dump_json(vm.launch_incoming).decode()
+        labels = _LABELS.dump_json(vm.labels).decode()
         with self._transaction() as db:
-            db.execute("INSERT INTO vms VALUES (?, ?, ?, ?)", (vm.name, vm.qmp, argv, self._now()))
+            db.execute(
+                "INSERT INTO vms (name, qmp, launch_incoming, changed_at, least_level, labels) VALUES (?, ?, ?, ?, ?, ?)",
+                (vm.name, vm.qmp, argv, self._now(), vm.least_level, labels),
+            )
 
     def remove_vm(self, name: str) -> bool:
         """Forget a VM; False when there was none. Its epoch is kept: it must never go back."""
@@ -237,6 +263,49 @@ class Store:
         if len(reference) < ID_BEGINNING_MIN:
             return []
         return self._entries("WHERE substr(id, 1, length(?1)) = ?1 ORDER BY number LIMIT 2", reference)
+
+    # Receipts: the chain's head and what is still to be written
+
+    def receipt_head(self) -> tuple[int, str]:
+        """Number and digest of the last receipt; 0 and zeros before the first."""
+        rows = self._rows("SELECT sequence, digest FROM receipts ORDER BY sequence DESC LIMIT 1")
+        return (int(str(rows[0][0])), str(rows[0][1])) if rows else (0, "0" * 64)
+
+    def receipt_of(self, migration: str, state: str) -> int | None:
+        """The receipt of a migration in that state, if there is one."""
+        rows = self._rows("SELECT sequence FROM receipts WHERE migration = ? AND state = ?", migration, state)
+        return int(str(rows[0][0])) if rows else None
+
+    def without_receipt(self) -> list[Migration]:
+        """Migrations that rest in a state for which no receipt was noted, the oldest first."""
+        clause = (
+            "WHERE state IN ('completed', 'aborted', 'in-doubt') AND NOT EXISTS (SELECT 1 FROM receipts "
+            "WHERE receipts.migration = migrations.id AND receipts.state = migrations.state) ORDER BY number"
+        )
+        return [entry.migration for entry in self._entries(clause)]
+
+    def note_receipt(self, sequence: int, digest: str, migration: Migration) -> None:
+        """The chain's new head, and the snapshot that names it, in one transaction."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO receipts VALUES (?, ?, ?, ?, ?)",
+                (sequence, digest, migration.id, migration.state, self._now()),
+            )
+            db.execute("UPDATE migrations SET snapshot = ? WHERE id = ?", (migration.model_dump_json(), migration.id))
+
+    # What was last seen of the peers
+
+    def note_sighting(self, fingerprint: str, trust: PeerTrust) -> None:
+        """Keep what a peer's last evidence came to."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO sightings VALUES (?, ?, ?)", (fingerprint, trust.model_dump_json(), self._now())
+            )
+
+    def sightings(self) -> dict[str, PeerTrust]:
+        """The last evidence of each peer, by fingerprint."""
+        rows = self._rows("SELECT fingerprint, trust FROM sightings")
+        return {str(fingerprint): PeerTrust.model_validate_json(str(trust)) for fingerprint, trust in rows}
 
     def _entries(self, clause: str, *values: object) -> list[JournalEntry]:
         query = f"SELECT snapshot, qmp, launched_pid, launched_start_ticks FROM migrations {clause}"  # noqa: S608

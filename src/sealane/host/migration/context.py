@@ -7,6 +7,7 @@ from sealane.crypto.identity import Identity
 from sealane.host.config import Settings
 from sealane.host.jobs import Jobs
 from sealane.host.peers import Peers
+from sealane.host.receipts.chain import Receipts
 from sealane.host.registry import Registry
 from sealane.host.store import Store
 from sealane.paths import Paths
@@ -25,3 +26,4 @@ class MigrationContext(Protocol):
     jobs: Jobs
     peers: Peers
     registry: Registry
+    receipts: Receipts

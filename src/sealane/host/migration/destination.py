@@ -28,6 +28,7 @@ from sealane.host.migration.checks import (
 from sealane.host.migration.context import LANE_CIPHER, PROTECTION, MigrationContext
 from sealane.host.migration.dialling import SocketDirectory, dial_vm
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
+from sealane.host.migration.receipt_exchange import give_copy, take_copy
 from sealane.host.models import Migration, Progress, Result, VmDefinition
 from sealane.host.problems import problem_of
 from sealane.host.registry import PROBE_TIMEOUT_S, is_absent
@@ -71,9 +72,19 @@ class Reception:
             met = await self._handshake(enclave, connection)
             self.is_proven = True
             prepare = await enclave.expect(messages.Prepare, CHANNEL_ANSWER_TIMEOUT_S)
-            return self._begin_job(enclave, met, prepare)
+            return self._begin_or_refuse(enclave, met, prepare)
         except BaseException as error:
             await uninterrupted(_turn_away(enclave, error))
+            raise
+
+    def _begin_or_refuse(self, enclave: EnclaveProcess, met: PeerEstablished, prepare: messages.Prepare) -> Job:
+        """The job; what refuses it before it is one leaves a journal entry and a receipt too."""
+        try:
+            return self._begin_job(enclave, met, prepare)
+        except ControlError as error:
+            self._context.jobs.refuse(
+                error, vm=prepare.vm, role="destination", peer=met.peer_name, id=self._id, **channel_facts(met)
+            )
             raise
 
     async def _handshake(self, enclave: EnclaveProcess, connection: socket.socket) -> PeerEstablished:
@@ -129,6 +140,16 @@ async def _turn_away(enclave: EnclaveProcess, error: BaseException) -> None:
     await enclave.reap()
 
 
+def channel_facts(met: PeerEstablished) -> dict[str, Any]:
+    """What the migration's snapshot says of the channel and of who is at its other end."""
+    return {
+        "tls_version": met.tls_version,
+        "kex_group": met.kex_group,
+        "cipher": LANE_CIPHER,
+        "peer_fingerprint": met.peer_fingerprint,
+    }
+
+
 class DestinationMigration(Job):
     """One VM comes to this host."""
 
@@ -142,8 +163,7 @@ class DestinationMigration(Job):
         vm: VmDefinition,
         migration: Migration,
     ) -> None:
-        details = {"tls_version": met.tls_version, "kex_group": met.kex_group, "cipher": LANE_CIPHER}
-        super().__init__(context.store, migration.model_copy(update=details))
+        super().__init__(context.store, migration.model_copy(update=channel_facts(met)))
         self._context, self._reception, self._enclave = context, reception, enclave
         self._prepare, self._vm = prepare, vm
         self._handover = Handover(Role.DESTINATION)
@@ -280,7 +300,13 @@ class DestinationMigration(Job):
             raise ControlError("handover.refused", f"epoch {ticket.epoch} of {self._vm.name} was here already")
 
     async def _take_over(self, qemu: QmpMachine, ticket: messages.Ticket) -> None:
-        self._step(Input.TICKET_JOURNALLED, epoch=ticket.epoch, runs_at="destination", detail="resuming the VM")
+        self._step(
+            Input.TICKET_JOURNALLED,
+            epoch=ticket.epoch,
+            runs_at="destination",
+            detail="resuming the VM",
+            stream_digest=ticket.digest,
+        )
         await uninterrupted(qemu.resume())
         self._resumed = True
         resumed = time.monotonic()
@@ -296,6 +322,8 @@ class DestinationMigration(Job):
             **self._enclave.costs(),
         )
         self.end(state="completed", runs_at="destination", detail="", result=result)
+        give_copy(self, self._enclave, self._context.receipts)
+        await take_copy(self, self._enclave, self._context.receipts)
         last_words: set[asyncio.Future[Any]] = {self._enclave.finished, self._enclave.failed}
         await asyncio.wait(last_words, timeout=_GOODBYE_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
         self._enclave.finish()

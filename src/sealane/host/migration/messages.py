@@ -8,6 +8,8 @@
     Ticket   ------------------->                 the source has journalled that it gives the VM up
              <-------------------  Receipt        the destination has journalled that it owns the VM; the VM runs
                                    TicketRefused  instead: the destination's copy is destroyed and never ran
+             <-------------------  ReceiptCopy    the destination's signed receipt
+    ReceiptCopy  -------------->                  the source's, which names the other
 
 Anything that goes wrong before the ticket travels as the channel's own refusal.
 """
@@ -18,11 +20,13 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from sealane.errors import PeerError
 from sealane.host.models import Name
-from sealane.limits import LANES_MAX
+from sealane.limits import CHANNEL_MESSAGE_MAX, LANES_MAX
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # Far beyond any VM's moves, and within what the journal's integers and every peer's can hold.
 EPOCH_MAX = 1 << 53
+# A receipt has some 3 KiB; with its envelope and the certificate it must fit a channel message.
+RECEIPT_COPY_MAX = CHANNEL_MESSAGE_MAX // 2
 Text = Annotated[str, Field(max_length=200)]
 Channels = Annotated[int, Field(ge=0, le=LANES_MAX - 2)]
 Version = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
@@ -87,7 +91,15 @@ class TicketRefused(_Message):
     detail: Annotated[str, Field(max_length=1000)]
 
 
-Message = Prepare | Prepared | Loaded | Ticket | Receipt | TicketRefused
+class ReceiptCopy(_Message):
+    """The signed receipt of the end that sends it (a DSSE envelope), and the certificate that verifies it."""
+
+    kind: Literal["receipt-copy"] = "receipt-copy"
+    envelope: Annotated[str, Field(max_length=RECEIPT_COPY_MAX)]
+    certificate: Annotated[str, Field(max_length=4096)]
+
+
+Message = Prepare | Prepared | Loaded | Ticket | Receipt | TicketRefused | ReceiptCopy
 _ADAPTER: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
 
 

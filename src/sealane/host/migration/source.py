@@ -28,6 +28,7 @@ from sealane.host.migration.checks import check_source
 from sealane.host.migration.context import LANE_CIPHER, MigrationContext
 from sealane.host.migration.dialling import SocketDirectory, dial_peer, listen_for_vm
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
+from sealane.host.migration.receipt_exchange import give_copy, take_copy
 from sealane.host.models import Migration, MigrationRequest, Peer, Progress, Result, VmDefinition
 from sealane.host.problems import problem_of
 from sealane.hypervisor.driver import MigrationParameters, QmpEvent, VmDescription
@@ -157,6 +158,7 @@ class SourceMigration(Job):
             tls_version=met.tls_version,
             kex_group=met.kex_group,
             cipher=LANE_CIPHER,
+            peer_fingerprint=met.peer_fingerprint,
         )
         return enclave
 
@@ -281,7 +283,7 @@ class SourceMigration(Job):
         if enclave.failed.done():  # known before anything is given up
             raise enclave.failed.result()
         epoch = self.store.epoch(self._vm.name) + 1
-        self._step(Input.RELEASED, epoch=epoch, detail="handing over")
+        self._step(Input.RELEASED, epoch=epoch, detail="handing over", stream_digest=loaded.digest)
         enclave.call(
             SendMessage(messages.Ticket(vm=self._vm.name, epoch=epoch, digest=loaded.digest).model_dump_json())
         )
@@ -292,7 +294,6 @@ class SourceMigration(Job):
             raise make_error("handover.refused", f"{answer.code}: {answer.detail}")
         if not isinstance(answer, messages.Receipt) or (answer.vm, answer.epoch) != (self._vm.name, epoch):
             raise PeerError("peer.message", "something else came instead of the receipt")
-        enclave.finish()
         self._handover.step(Input.RECEIPT)
         done: dict[str, Any] = {
             "state": "completed",
@@ -308,7 +309,10 @@ class SourceMigration(Job):
             await uninterrupted(qemu.quit())
         except SealaneError as error:
             self.log.warning("the paused copy did not end", code=error.code, detail=error.detail)
-        self.end(**done)
+        receipts = self._context.receipts
+        self.end(**done, peer_receipt=await uninterrupted(take_copy(self, enclave, receipts)))
+        give_copy(self, enclave, receipts)
+        enclave.finish()
 
     def _result(self, receipt: messages.Receipt) -> Result:
         times = self._times
