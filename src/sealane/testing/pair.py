@@ -23,6 +23,8 @@ from sealane.testing.problems import RigError
 from sealane.testing.qemu import QemuBinary, find_qemu
 
 _AGENT_START_S = 20.0
+# What `sealane` is on these hosts; another one may wrap it.
+PROGRAM = (sys.executable, "-m", "sealane.cli")
 _HARDWARE = Hardware()
 _WORKLOAD = Workload()
 
@@ -35,6 +37,7 @@ class AgentHost:
     identity: Identity
     pin: str = ""
     agent: BackgroundProcess | None = None
+    program: tuple[str, ...] = PROGRAM
 
     @property
     def name(self) -> str:
@@ -45,7 +48,7 @@ class AgentHost:
         """Start the agent and return when it answers."""
         pinned = ["taskset", "-c", self.pin] if self.pin else []
         listen = f"{self.host.address}:{self.host.port}"
-        self.agent = self.host.start(*pinned, sys.executable, "-m", "sealane.cli", "agent", "--listen", listen)
+        self.agent = self.host.start(*pinned, *self.program, "agent", "--listen", listen)
         self.agent.wait_until(self._answers, "the agent's socket", timeout_s=_AGENT_START_S)
 
     def _answers(self) -> bool:
@@ -207,6 +210,7 @@ def make_pair(
     lifetime_days: Sequence[int] = (30, 30),
     born: Sequence[datetime | None] = (None, None),
     settings: str = "",
+    program: tuple[str, ...] = PROGRAM,
 ) -> Iterator[HostPair]:
     """Two hosts, agents up, trusting each other; everything goes away at the end.
 
@@ -219,7 +223,7 @@ def make_pair(
             identity = create_identity(host.name, now=moment or datetime.now(UTC), lifetime_days=days)
             save_identity(host.paths, identity)
             (host.paths.config / AGENT_FILE).write_text(settings)
-            end = AgentHost(host, identity, pin)
+            end = AgentHost(host, identity, pin, program=program)
             end.start_agent()
             ends.append(end)
         first, second = ends

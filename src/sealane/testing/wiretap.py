@@ -213,6 +213,8 @@ class Wiretap:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._released: asyncio.Event | None = None
+        self._relays: dict[asyncio.Task[None], socket.socket] = {}
+        self._is_cut = False
 
     @property
     def address(self) -> Address:
@@ -239,6 +241,24 @@ class Wiretap:
         """Lets every stalled direction go on, and later ones not stall."""
         self._signal(self._released)
 
+    def cut(self) -> None:
+        """Breaks every connection, and lets none through until `mend`; done on return."""
+        done = threading.Event()
+
+        def work() -> None:
+            self._is_cut = True
+            for task in self._relays:
+                task.cancel()
+            done.set()
+
+        if self._loop:
+            self._loop.call_soon_threadsafe(work)
+            done.wait(_START_TIMEOUT_S)
+
+    def mend(self) -> None:
+        """Lets new connections through again."""
+        self._is_cut = False
+
     def _signal(self, event: asyncio.Event | None) -> None:
         if self._loop and event:
             with suppress(RuntimeError):  # the loop has ended
@@ -263,7 +283,7 @@ class Wiretap:
         name = listener.getsockname()
         self._address = (name[0], name[1])
         self._started.set()
-        relays: dict[asyncio.Task[None], socket.socket] = {}
+        relays = self._relays
         self._loop.add_reader(listener, self._accept, listener, relays)
         await self._stop.wait()
         self._loop.remove_reader(listener)
@@ -277,6 +297,9 @@ class Wiretap:
     def _accept(self, listener: socket.socket, relays: dict[asyncio.Task[None], socket.socket]) -> None:
         with suppress(BlockingIOError):
             near, _ = listener.accept()
+            if self._is_cut:
+                near.close()
+                return
             for task in [task for task in relays if task.done()]:
                 del relays[task]
             relays[asyncio.create_task(self._relay(self.connections, near))] = near

@@ -1,0 +1,216 @@
+"""The fault campaign: `python -m sealane.testing.campaign`, or `./run faults`.
+
+It first migrates without a fault and notes every point that is reached. Then each fault is injected at each of these
+points, one at a time, in an order that follows from the seed; then pairs: a single fault, and a second one at a point
+that was reached after it, perhaps in the recovery from it. `--count` bounds how many attempts are made. The exit status
+is 0 where everything held after every fault.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final
+
+from sealane.testing.campaignrig import CampaignRig, Outcome, make_rig
+from sealane.testing.faultdirector import FAULTS, Fault, Injection
+from sealane.testing.problems import RigError
+from sealane.testing.qemu import find_qemu
+
+# What a full disk can meet is an entry of the journal, at its beginning.
+_DISK: Final[frozenset[Fault]] = frozenset({"disk-full", "disk-full-once"})
+SIGNS: Final = {"completed": "C", "aborted": "A", "in-doubt, home": "h", "in-doubt, away": "a", "lost": "L", "": "?"}
+LEGEND: Final = (
+    "C completed; A aborted, the VM runs on at the source; h, a: the source was in doubt, and its paused copy was resumed "
+    "(h) or ended because the destination had the VM (a); L the fault killed the QEMU in which the VM ran; ! a check failed"
+)
+
+
+class Campaign:
+    """Runs attempts one after the other, with a fresh rig where the last one is worn."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.outcomes: list[Outcome] = []
+        self._random = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
+        self._traces: dict[Injection, list[str]] = {}
+        self._stack = ExitStack()
+        self._rig: CampaignRig | None = None
+
+    def close(self) -> None:
+        """End the hosts."""
+        self._rig = None
+        self._stack.close()
+
+    def points(self) -> list[str]:
+        """What a migration without a fault reaches, there and back, in the order of the first."""
+        first, second = (self._attempt([]) for _ in range(2))
+        for outcome in (first, second):
+            if outcome.problems or outcome.ending != "completed":
+                raise RigError(f"without any fault: {outcome.ending}, {outcome.problems}")
+        return list(dict.fromkeys(first.trace + second.trace))
+
+    def singles(self, points: Sequence[str]) -> list[Injection]:
+        """Every fault at every point where it can happen, shuffled by the seed."""
+        found = [
+            Injection(point, fault)
+            for point in points
+            for fault in FAULTS
+            if fault not in _DISK or (":journal:" in point and ":before" in point)
+        ]
+        self._random.shuffle(found)
+        return found
+
+    def pairs(self, singles: Sequence[Injection]) -> Iterator[list[Injection]]:
+        """A single fault, and one more at a point that is reached after it; endless."""
+        while True:
+            first = self._random.choice(singles)
+            if first not in self._traces:
+                self.attempt([first])
+            later = self._traces[first]
+            if later:
+                second = self.singles([self._random.choice(later)])
+                yield [first, second[0]]
+
+    def attempt(self, injections: list[Injection]) -> Outcome:
+        """One attempt, kept among the outcomes."""
+        outcome = self._attempt(injections)
+        self.outcomes.append(outcome)
+        if len(injections) == 1:
+            self._traces[injections[0]] = outcome.trace[outcome.traced_when_fired :]
+        return outcome
+
+    def _attempt(self, injections: list[Injection]) -> Outcome:
+        if self._rig is None or self._rig.worn:
+            self.close()
+            self._rig = self._stack.enter_context(make_rig())
+        return self._rig.attempt(injections)
+
+
+def run(campaign: Campaign, count: int, pairs: int, report: "Report") -> None:
+    """Up to `count` single faults, all of them where they are fewer, then `pairs` pairs."""
+    points = campaign.points()
+    report.points = points
+    singles = campaign.singles(points)
+    for injection in singles[:count]:
+        report.tell(campaign.attempt([injection]))
+    drawn = campaign.pairs(singles)
+    for _ in range(pairs):
+        before = len(campaign.outcomes)
+        pair = next(drawn)
+        for outcome in campaign.outcomes[before:]:  # a single fault whose trace was needed
+            report.tell(outcome)
+        report.tell(campaign.attempt(pair))
+
+
+class Report:
+    """Tells each outcome as it comes, and all of them at the end."""
+
+    def __init__(self) -> None:
+        self.points: list[str] = []
+        self.outcomes: list[Outcome] = []
+
+    def tell(self, outcome: Outcome) -> None:
+        """One line on standard error."""
+        self.outcomes.append(outcome)
+        how = "; ".join(outcome.problems) or f"{outcome.total_s:.1f} s"
+        what = " then ".join(outcome.injections)
+        missed = "" if len(outcome.fired) == len(outcome.injections) else f" ({len(outcome.fired)} fired)"
+        print(f"{len(self.outcomes):4} {outcome.ending or '?':14} {what}{missed}: {how}", file=sys.stderr, flush=True)
+
+    def as_json(self, seed: int) -> str:
+        """All outcomes, without the traces."""
+        kept = [{name: value for name, value in asdict(each).items() if name != "trace"} for each in self.outcomes]
+        return json.dumps({"seed": seed, "points": self.points, "outcomes": kept}, indent=1)
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """How many attempts ended how, and how long recovery took, as Markdown."""
+    injected = sum(len(each.fired) for each in outcomes)
+    failed = [each for each in outcomes if each.problems]
+    endings = Counter(each.ending or "?" for each in outcomes)
+    lines = [
+        f"{len(outcomes)} attempts with {injected} injected faults; a check failed after {len(failed)}.",
+        "",
+        "| ended | attempts |",
+        "| --- | --- |",
+        *(f"| {ending} | {count} |" for ending, count in endings.most_common()),
+        "",
+        "| fault | attempts | to rest, median | longest |",
+        "| --- | --- | --- | --- |",
+    ]
+    for fault in FAULTS:
+        times = [each.recovery_s for each in outcomes if each.recovery_s is not None and _ends_with(each, fault)]
+        if times:
+            lines.append(f"| {fault} | {len(times)} | {statistics.median(times):.1f} s | {max(times):.1f} s |")
+    return "\n".join(lines)
+
+
+def _ends_with(outcome: Outcome, fault: Fault) -> bool:
+    return bool(outcome.fired) and outcome.fired[-1].startswith(f"{fault} ")
+
+
+def table(points: Sequence[str], outcomes: Sequence[Outcome]) -> str:
+    """Points x faults for the single ones, as Markdown."""
+    cells: dict[tuple[str, str], str] = {}
+    for outcome in outcomes:
+        if len(outcome.injections) == 1:
+            fault, point = outcome.injections[0].split(" at ")
+            sign = SIGNS[outcome.ending] if outcome.fired else "-"
+            cells[point, fault] = sign + ("!" if outcome.problems else "")
+    lines = ["| point | " + " | ".join(FAULTS) + " |", "| --- " * (len(FAULTS) + 1) + "|"]
+    for point in points:
+        lines.append(f"| `{point}` | " + " | ".join(cells.get((point, fault), "") for fault in FAULTS) + " |")
+    return "\n".join(lines)
+
+
+def page(points: Sequence[str], outcomes: Sequence[Outcome]) -> str:
+    """The whole result, as Markdown."""
+    failed = [each for each in outcomes if each.problems]
+    lines = [summary(outcomes), "", LEGEND + ".", "", table(points, outcomes)]
+    if failed:
+        lines += ["", "What failed:", ""]
+        lines += [f"* {' then '.join(each.injections)}: {'; '.join(each.problems)[:400]}" for each in failed]
+    return "\n".join(lines)
+
+
+def _read(path: Path) -> tuple[list[str], list[Outcome]]:
+    told = json.loads(path.read_text())
+    return told["points"], [Outcome(**each) for each in told["outcomes"]]
+
+
+def main() -> int:
+    """Run the campaign, or draw the tables of earlier ones."""
+    parser = argparse.ArgumentParser(prog="./run faults", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1, help="orders the faults and draws the pairs [1]")
+    parser.add_argument("--count", type=int, help="single faults to inject [all]")
+    parser.add_argument("--pairs", type=int, default=100, help="pairs of faults to inject after them [100]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every outcome there")
+    parser.add_argument("--draw", type=Path, nargs="+", metavar="FILE", help="only draw the tables of such files")
+    arguments = parser.parse_args()
+    if arguments.draw:
+        read = [_read(path) for path in arguments.draw]
+        points = list(dict.fromkeys(point for each, _ in read for point in each))
+        print(page(points, [outcome for _, outcomes in read for outcome in outcomes]))
+        return 0
+    campaign, report, begun = Campaign(arguments.seed), Report(), time.monotonic()
+    try:
+        run(campaign, arguments.count if arguments.count is not None else sys.maxsize, arguments.pairs, report)
+    finally:
+        campaign.close()
+        if arguments.json:
+            arguments.json.write_text(report.as_json(arguments.seed))
+    print(page(report.points, report.outcomes))
+    print(f"\n{find_qemu()}, seed {arguments.seed}, {time.monotonic() - begun:.0f} s")
+    return 1 if any(each.problems for each in report.outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

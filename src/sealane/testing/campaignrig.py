@@ -1,0 +1,322 @@
+"""Two agents with points in them, one warm guest, and what must hold after every fault.
+
+`CampaignRig.attempt` migrates the guest while faults are injected, starts again what was killed, waits until both ends
+have settled, and judges: exactly one copy runs; or, where the source is in doubt, its paused copy is resumed or ended as
+the destination's journal says; the guest's memory is what the guest wrote; no tick is missing or was lived twice; nothing
+is left behind.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from sealane.errors import SealaneError
+from sealane.host.models import Migration, MigrationRequest
+from sealane.session.handover import ENDED, State
+from sealane.testing.faultdirector import KILLS_QEMU, Attempt, FaultDirector, Injection, qemus_of
+from sealane.testing.machine import Hardware, Workload
+from sealane.testing.pair import AgentHost, Guest, HostPair, make_pair
+from sealane.testing.problems import RigError
+from sealane.testing.wiretap import Wiretap
+
+HARDWARE: Final = Hardware(memory_mib=128)
+# A tick lasts 50 ms; every fifth one all pages are compared with what the guest wrote there.
+WORKLOAD: Final = Workload(fill_mib=4, rewrite_kib_per_s=256, tick_ms=50, check_all=5)
+# Longer than the agents' own limits for a silent peer (LOADED_TIMEOUT_S and what follows it).
+_SETTLE_TIMEOUT_S: Final = 150.0
+_TIDY_TIMEOUT_S: Final = 15.0
+_CHECK_TIMEOUT_S: Final = 30.0
+_LOOK_EVERY_S: Final = 0.05
+_PIDFD: Final = "anon_inode:[pidfd]"
+_MADE_BY_USE: Final = frozenset({"log"})
+
+
+@dataclass
+class Outcome:
+    """How one attempt ended; `problems` is empty where everything held."""
+
+    injections: list[str]
+    fired: list[str]
+    ending: str = ""  # completed, aborted, in-doubt, lost (the fault killed the QEMU in which the VM ran)
+    recovery_s: float | None = None
+    total_s: float = 0.0
+    codes: list[str] = field(default_factory=list)
+    trace: list[str] = field(default_factory=list)
+    traced_when_fired: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+class CampaignRig:
+    """A guest that lives on `home` and tries to go to `away`. `worn` after an attempt: take a new rig for the next."""
+
+    def __init__(self, pair: HostPair, guest: Guest, director: FaultDirector) -> None:
+        self.pair, self.guest, self.director = pair, guest, director
+        self.home, self.away = pair.a, pair.b
+        self.worn = False
+        self._descriptors: dict[str, int] = {}
+        self._files = {end.name: _state_files(end) for end in (pair.a, pair.b)}
+        self._known: set[str] = set()
+        for end in (pair.a, pair.b):
+            self._note_descriptors(end)
+
+    def _note_descriptors(self, end: AgentHost) -> None:
+        with end.client() as client:
+            client.vms()
+        self._descriptors[end.name] = len([each for each in end.descriptors() if each != _PIDFD])
+
+    # One attempt
+
+    def attempt(self, injections: list[Injection]) -> Outcome:
+        """Migrate, with these faults; never raises for what the agents do wrong, but tells it in `problems`."""
+        outcome = Outcome([str(each) for each in injections], [])
+        begun = time.monotonic()
+        try:
+            with self.director.attempt(self.home, self.away, injections) as attempt:
+                self._migrate()
+                self._settle(attempt)
+                if attempt.fired:
+                    outcome.recovery_s = time.monotonic() - attempt.fired_at
+            self._take_notes(outcome, attempt)
+            self._judge(outcome, attempt)
+        except (RigError, SealaneError, OSError, AssertionError) as error:
+            outcome.problems.append(f"{type(error).__name__}: {error}"[:1500])
+        outcome.total_s = time.monotonic() - begun
+        self.worn = self.worn or bool(outcome.problems)
+        return outcome
+
+    def _take_notes(self, outcome: Outcome, attempt: Attempt) -> None:
+        outcome.fired = [str(each) for each in attempt.fired]
+        outcome.trace, outcome.traced_when_fired = attempt.trace, attempt.traced_when_fired
+        found = [self._newest(end) for end in (self.home, self.away)]
+        outcome.codes = [m.problem.code if m and m.problem else "" for m in found]
+
+    def _migrate(self) -> None:
+        with suppress(SealaneError), self.home.client() as client:  # a fault may meet the request itself
+            client.start_migration(MigrationRequest(vm=self.guest.name, host=self.away.name))
+
+    def _settle(self, attempt: Attempt) -> None:
+        deadline = time.monotonic() + _SETTLE_TIMEOUT_S
+        while True:
+            for end in (self.home, self.away):
+                if end.name in attempt.killed:
+                    self._restart(end, attempt)
+            if not attempt.killed and all(self._has_settled(end) for end in (self.home, self.away)):
+                return
+            if time.monotonic() > deadline:
+                raise RigError(f"not settled after {_SETTLE_TIMEOUT_S:.0f} s: {self._tell()}")
+            time.sleep(_LOOK_EVERY_S)
+
+    def _restart(self, end: AgentHost, attempt: Attempt) -> None:
+        assert end.agent is not None  # noqa: S101 - it was killed
+        end.agent.process.wait()
+        attempt.killed.discard(end.name)
+        try:
+            end.start_agent()
+        except RigError:
+            if end.name not in attempt.killed:  # not by a second fault
+                raise
+            return
+        self._note_descriptors(end)
+
+    def _has_settled(self, end: AgentHost) -> bool:
+        try:
+            with end.client() as client:
+                found = self._newest(end)
+                if found is None:
+                    return client.host().migrations_active == 0
+                return found.state == "in-doubt" or (State(found.state) in ENDED and found.ended_at is not None)
+        except SealaneError:
+            return False
+
+    def _newest(self, end: AgentHost) -> Migration | None:
+        """This attempt's migration as this end knows it; None where it never had a job for it."""
+        with end.client() as client:
+            fresh = [each for each in client.migrations(vm=self.guest.name) if each.id not in self._known]
+        return fresh[0] if fresh else None
+
+    # The judgement
+
+    def _judge(self, outcome: Outcome, attempt: Attempt) -> None:
+        self._wait_tidy_processes(outcome)
+        running = self._running()
+        source, destination = self._newest(self.home), self._newest(self.away)
+        may_be_lost = any(each.fault in KILLS_QEMU for each in attempt.fired)
+        if len(running) > 1:
+            outcome.problems.append("two copies run")
+        elif source is not None and source.state == "in-doubt":
+            outcome.ending = "in-doubt"
+            running = self._resolve(outcome, destination, running, may_be_lost)
+        elif not running:
+            self._judge_lost(outcome, source, destination, may_be_lost)
+        elif running[0] is self.home:
+            outcome.ending = "aborted"
+            self._expect(outcome, source, {"aborted", None}, {"source"})
+            self._expect(outcome, destination, {"aborted", None}, {"source"})
+        else:
+            outcome.ending = "completed"
+            self._expect(outcome, source, {"completed"}, {"destination"})
+            self._expect(outcome, destination, {"completed"}, {"destination"})
+        if len(running) == 1:
+            self._judge_guest(outcome, running[0])
+        self._judge_remains(outcome, running)
+        self._known |= {each.id for each in (source, destination) if each}
+
+    def _expect(self, outcome: Outcome, found: Migration | None, states: set[str | None], runs_at: set[str]) -> None:
+        if (found.state if found else None) not in states or (found and found.runs_at not in runs_at):
+            told = f"{found.role} says {found.state}, runs at {found.runs_at}" if found else "no word"
+            outcome.problems.append(f"{told}; the VM runs otherwise")
+
+    def _judge_lost(
+        self, outcome: Outcome, source: Migration | None, destination: Migration | None, may_be_lost: bool
+    ) -> None:
+        outcome.ending = "lost"
+        self.worn = True
+        kept = [end.name for end in (self.home, self.away) if qemus_of(end)]
+        if not may_be_lost:
+            outcome.problems.append(f"no copy runs; QEMU is left on {kept}; {self._tell()}")
+        elif kept:
+            outcome.problems.append(f"no copy runs, and a paused one on {kept} was not resumed; {self._tell()}")
+
+    def _resolve(
+        self, outcome: Outcome, destination: Migration | None, running: list[AgentHost], may_be_lost: bool
+    ) -> list[AgentHost]:
+        """What docs/handover.md tells the operator to do: look at the destination, and decide."""
+        self.worn = True
+        is_there = destination is not None and destination.state == "completed"
+        here = bool(qemus_of(self.home))
+        if running == [self.home]:
+            outcome.problems.append("the source is in doubt, and its copy runs")
+        if is_there:
+            if here:
+                with self.guest.machines[self.home.name].observe() as monitor, suppress(RigError):
+                    monitor.execute("quit")
+            if not running and not may_be_lost:
+                outcome.problems.append("the destination says that it has the VM, and it does not run")
+            outcome.ending = "in-doubt, away" if running else "lost"
+        elif here:
+            if qemus_of(self.away):
+                outcome.problems.append("the destination says that it has no copy, and has one")
+            with self.guest.machines[self.home.name].observe() as monitor:
+                monitor.execute("cont")
+            running = [self.home]
+            outcome.ending = "in-doubt, home"
+        else:
+            outcome.ending = "lost"
+            if not may_be_lost:
+                outcome.problems.append("in doubt, and no copy is left")
+        return running
+
+    def _running(self) -> list[AgentHost]:
+        found = []
+        for end in (self.home, self.away):
+            if qemus_of(end):
+                with suppress(RigError), self.guest.machines[end.name].observe() as monitor:
+                    if monitor.execute("query-status")["status"] == "running":
+                        found.append(end)
+        return found
+
+    def _judge_guest(self, outcome: Outcome, where: AgentHost) -> None:
+        if where is self.away:
+            self.guest.moved_to(self.away.name)
+        elif self.guest.machines[self.away.name].console.ticks:
+            outcome.problems.append("the guest ran at the destination, and runs at the source")
+        console = self.guest.console
+        checks, deadline = console.checks, time.monotonic() + _CHECK_TIMEOUT_S
+        while console.checks < checks + 1:
+            if time.monotonic() > deadline:
+                outcome.problems.append(f"the guest stands still after tick {console.last_tick}")
+                break
+            time.sleep(_LOOK_EVERY_S)
+        if not console.is_contiguous:
+            outcome.problems.append("ticks are missing, or were lived twice")
+        if console.corruptions:
+            outcome.problems.append(f"guest memory: {console.corruptions[0]}")
+
+    # What is left
+
+    def _wait_tidy_processes(self, outcome: Outcome) -> None:
+        deadline = time.monotonic() + _TIDY_TIMEOUT_S
+        while (left := self._helpers_left()) and time.monotonic() < deadline:
+            time.sleep(_LOOK_EVERY_S)
+        outcome.problems += left
+
+    def _helpers_left(self) -> list[str]:
+        found = []
+        for end in (self.home, self.away):
+            words = {pid: _command(pid) for pid in end.processes()}
+            others = [each for each in words.values() if "qemu-system" not in each and " agent --listen" not in each]
+            if others:
+                found.append(f"{end.name} has processes left: {others}")
+            if sockets := [each.name for each in (end.host.paths.run / "m").glob("*")]:
+                found.append(f"{end.name} has socket directories left: {sockets}")
+        return found
+
+    def _judge_remains(self, outcome: Outcome, running: list[AgentHost]) -> None:
+        deadline = time.monotonic() + _TIDY_TIMEOUT_S
+        while (left := self._left(running)) and time.monotonic() < deadline:
+            time.sleep(_LOOK_EVERY_S)
+        outcome.problems += left
+        for end in (self.home, self.away):
+            if end.agent and "Traceback" in end.agent.output:
+                said = end.agent.output
+                outcome.problems.append(f"{end.name}'s agent: {said[said.index('Traceback') :][:1500]}")
+        if running == [self.away]:
+            self.home, self.away = self.away, self.home
+
+    def _left(self, running: list[AgentHost]) -> list[str]:
+        found = []
+        for end in (self.home, self.away):
+            qemus = qemus_of(end)
+            if len(qemus) != (end in running):
+                found.append(f"{end.name} has {len(qemus)} QEMU")
+            now = end.descriptors()
+            watched = now.count(_PIDFD)
+            if watched > len(qemus) or len(now) - watched > self._descriptors[end.name]:
+                found.append(f"{end.name} had {self._descriptors[end.name]} descriptors and has {now}")
+            if odd := _state_files(end) - self._files[end.name] - _MADE_BY_USE:
+                found.append(f"{end.name} has files left: {sorted(odd)}")
+        return found
+
+    def _tell(self) -> str:
+        told = []
+        for end in (self.home, self.away):
+            with suppress(SealaneError):
+                found = self._newest(end)
+                told.append(f"{end.name}: {f'{found.state}, {found.runs_at}' if found else 'no job'}")
+        return "; ".join(told)
+
+
+def _command(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:200] or f"zombie {pid}"
+    return "gone"
+
+
+def _state_files(end: AgentHost) -> set[str]:
+    return {path.name for path in end.host.paths.state.iterdir()}
+
+
+@contextmanager
+def make_rig() -> Iterator[CampaignRig]:
+    """Two hosts joined by wiretaps, agents up, the guest awake on the first."""
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sl-", dir="/tmp")))  # noqa: S108 - short
+        director = stack.enter_context(FaultDirector(directory / "director.sock"))
+        pair = stack.enter_context(make_pair(program=_program(director)))
+        director.ends = [pair.a, pair.b]
+        for near, far in ((pair.a, pair.b), (pair.b, pair.a)):
+            tap = stack.enter_context(Wiretap((far.host.address, far.host.port), host=near.host))
+            director.taps.append(tap)
+            near.trust(far, address=tap.address[0], port=tap.address[1])
+        guest = pair.add_guest(hardware=HARDWARE, workload=WORKLOAD)
+        pair.start_guest(guest, pair.a)
+        yield CampaignRig(pair, guest, director)
+
+
+def _program(director: FaultDirector) -> tuple[str, ...]:
+    return (sys.executable, "-m", "sealane.testing.faultpoints", str(director.path))
