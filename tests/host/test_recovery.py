@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sealane.errors import SealaneError
 from sealane.host.jobs import Jobs
 from sealane.host.recovery import Recovery
 from sealane.host.store import Store
@@ -83,6 +84,42 @@ async def test_a_paused_source_is_resumed_only_if_we_paused_it(tmp_path: Path, s
             await source.aclose()
             await recovered(store, tmp_path / "s")
             assert await run_state(tmp_path / "s") == expected
+
+
+async def test_a_source_whose_receipt_came_ends_its_copy(tmp_path: Path) -> None:
+    with Store(tmp_path / "db") as store:
+        store.journal(migration(1, state="completed", runs_at="destination"), qmp=str(tmp_path / "s"))
+        async with stopped_by_migration(tmp_path, completed=True):
+            jobs, _ = await recovered(store, tmp_path / "s")
+            with pytest.raises(SealaneError, match=r"vm\.unreachable"):
+                await run_state(tmp_path / "s")
+        after = store.migrations()[0]
+        assert (after.state, after.runs_at) == ("completed", "destination")
+        assert after.ended_at
+        assert jobs.active_for("web01") is None
+        assert store.unfinished() == []
+
+
+async def test_a_source_whose_receipt_came_leaves_another_vm_alone(tmp_path: Path) -> None:
+    with Store(tmp_path / "db") as store:
+        store.journal(migration(1, state="completed", runs_at="destination"), qmp=str(tmp_path / "s"))
+        async with running(command(QEMU, tmp_path / "s"), tmp_path / "s") as started_anew:
+            await started_anew.aclose()
+            await recovered(store, tmp_path / "s")
+            assert await run_state(tmp_path / "s") == "running"
+
+
+@pytest.mark.parametrize("state", ["handing-over", "in-doubt"])
+async def test_a_source_that_runs_is_not_in_doubt(tmp_path: Path, state: str) -> None:
+    """The refusal was heard and the VM resumed, and the agent died before it wrote that down."""
+    with Store(tmp_path / "db") as store:
+        store.journal(migration(1, state=state), qmp=str(tmp_path / "s"))
+        async with running(command(QEMU, tmp_path / "s"), tmp_path / "s") as source:
+            await source.aclose()
+            jobs, _ = await recovered(store, tmp_path / "s")
+            assert await run_state(tmp_path / "s") == "running"
+        assert (store.migrations()[0].state, store.migrations()[0].runs_at) == ("aborted", "source")
+        assert jobs.active_for("web01") is None
 
 
 async def test_a_source_that_hangs_stays_open_and_one_that_is_gone_does_not(tmp_path: Path) -> None:

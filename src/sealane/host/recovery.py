@@ -2,13 +2,15 @@
 
     role         journalled state                        what is done
     source       preparing, copying, switching-over      reclaim: cancel in QEMU, let the VM run again, aborted
-    source       handing-over, in-doubt                  the VM stays paused: in-doubt
+    source       handing-over, in-doubt                  the VM stays paused: in-doubt; one that runs was refused: aborted
+    source       completed, but not ended                the receipt came: end the copy that QEMU says it sent away
     destination  preparing, copying, switching-over      destroy the launched QEMU, aborted
     destination  handing-over                            the ticket is ours: resume, completed
 
 What cannot be settled now (a QEMU that does not answer) keeps its state and holds its VM; `recover` is then called again.
 """
 
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
@@ -89,8 +91,23 @@ class Recovery:
         return _aborted(entry, "source", f"the VM is {run_state}")
 
     async def _keep_in_doubt(self, entry: JournalEntry) -> Migration:
+        """Only the destination's refusal, or a person, makes a released VM run here: then there is no doubt left."""
+        with contextlib.suppress(SealaneError):
+            async with self._machine(entry) as machine:
+                if await machine.run_state() == "running":
+                    return _aborted(entry, "source", "the VM runs here again")
         problem = entry.migration.problem or problem_of(make_error("handover.in-doubt"))
         return _changed(entry, state="in-doubt", runs_at="in-doubt", problem=problem)
+
+    async def _end_copy(self, entry: JournalEntry) -> Migration:
+        try:
+            async with self._machine(entry) as machine:
+                if await machine.run_state() == "postmigrate":
+                    await machine.quit()
+        except SealaneError as error:
+            if not is_absent(error):
+                raise
+        return _changed(entry, state="completed", runs_at="destination")
 
     async def _destroy(self, entry: JournalEntry) -> Migration:
         path = entry.qmp or self._find_qmp(entry.migration.vm)
@@ -139,6 +156,7 @@ def _aborted(entry: JournalEntry, runs_at: RunsAt, detail: str) -> Migration:
 _ACTIONS: Final[Mapping[tuple[str, str], Callable[[Recovery, JournalEntry], Awaitable[Migration]]]] = {
     **{("source", state): Recovery._reclaim for state in ("preparing", "copying", "switching-over")},
     **{("source", state): Recovery._keep_in_doubt for state in ("handing-over", "in-doubt")},
+    ("source", "completed"): Recovery._end_copy,
     **{("destination", state): Recovery._destroy for state in ("preparing", "copying", "switching-over")},
     **{("destination", state): Recovery._take_over for state in ("handing-over", "in-doubt")},
 }

@@ -244,8 +244,14 @@ class Store:
                 )
 
     def unfinished(self) -> list[JournalEntry]:
-        """Migrations that have not ended, the oldest first."""
-        return self._entries("WHERE state NOT IN ('completed', 'aborted') ORDER BY number")
+        """Migrations that have not ended, the oldest first.
+
+        A source's `completed` without an end is one of them: the receipt came, and the paused copy may still be here.
+        """
+        return self._entries(
+            "WHERE state NOT IN ('completed', 'aborted') OR (state = 'completed' AND role = 'source' "
+            "AND json_extract(snapshot, '$.ended_at') IS NULL) ORDER BY number"
+        )
 
     def migrations(self, *, vm: str | None = None, limit: int = HISTORY_LIMIT) -> list[Migration]:
         """The newest migrations, the newest first."""
