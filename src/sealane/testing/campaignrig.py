@@ -305,7 +305,7 @@ def _state_files(end: AgentHost) -> set[str]:
 def make_rig() -> Iterator[CampaignRig]:
     """Two hosts joined by wiretaps, agents up, the guest awake on the first."""
     with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sl-", dir="/tmp")))  # noqa: S108 - short
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sl-", dir="/tmp")))
         director = stack.enter_context(FaultDirector(directory / "director.sock"))
         pair = stack.enter_context(make_pair(program=_program(director)))
         director.ends = [pair.a, pair.b]

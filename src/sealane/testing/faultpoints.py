@@ -120,7 +120,7 @@ def _wrap_journal(points: Points) -> None:
             self._db = kept
         points.reach(f"{what}:after")
 
-    Store.journal = journal  # type: ignore[method-assign, assignment]
+    Store.journal = journal  # type: ignore[method-assign]
 
 
 def _wrap_steps(points: Points) -> None:
@@ -136,19 +136,19 @@ def _wrap_steps(points: Points) -> None:
 
 
 def _wrap_messages(points: Points) -> None:
-    begin, call, parse = EnclaveProcess.__init__, EnclaveProcess.call, messages.parse_message
+    begin, give, parse = EnclaveProcess.__init__, EnclaveProcess.call, messages.parse_message
 
     def __init__(self: EnclaveProcess, *arguments: Any, **keywords: Any) -> None:
         begin(self, *arguments, **keywords)
         points.enclaves.add(self)
 
-    def say(self: EnclaveProcess, ecall: Ecall, *sockets: socket.socket) -> None:
-        if not isinstance(ecall, SendMessage):
-            call(self, ecall, *sockets)
+    def say(self: EnclaveProcess, call: Ecall, *sockets: socket.socket) -> None:
+        if not isinstance(call, SendMessage):
+            give(self, call, *sockets)
             return
-        kind = json.loads(ecall.payload)["kind"]
+        kind = json.loads(call.payload)["kind"]
         points.reach(f"say:{kind}:before")
-        call(self, ecall, *sockets)
+        give(self, call, *sockets)
         points.reach(f"say:{kind}:after")
 
     def hear(payload: str) -> messages.Message:
