@@ -85,3 +85,6 @@ WIRE_ELEMENT_MAX: Final = WIRE_VMDESCRIPTION_MAX
 WIRE_DEVICE_STATE_MAX: Final = 256 * MIB
 # Guest memory that `explain-stream --ram-digest` rebuilds: what a large host has; untouched pages of it cost nothing.
 WIRE_REBUILD_MAX: Final = 64 * GIB
+# Digests of pages that were sent: 20 bytes a page of 4096, so that 8 GiB stand for a guest of 1.6 TiB. Only pages that were sent
+# while the line was the limit cost anything.
+SEEN_MEMORY_MAX: Final = 8 * GIB

@@ -50,6 +50,11 @@ class Reader(ABC):
         """How many bytes of the connection stand in events so far."""
         return self._offset
 
+    @property
+    def pending(self) -> bytes:
+        """The beginning of an element whose rest has not come: fed, and not yet in an event."""
+        return bytes(self._pending)
+
     def feed(self, data: Buffer) -> list[Event]:
         """The events that `data` completes. Raises WireError; ValueError after `close`."""
         if self._closed:
