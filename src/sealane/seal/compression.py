@@ -68,7 +68,7 @@ class RecordDecompressor:
         if begins:
             self._source = _Source()
             context = zstandard.ZstdDecompressor(max_window_size=1 << _WINDOW_LOG)
-            self._frame = context.stream_reader(self._source, read_size=RECORD_PAYLOAD_MAX)
+            self._frame = context.stream_reader(self._source, read_size=RECORD_PAYLOAD_MAX)  # type: ignore[arg-type]
         if self._frame is None:
             raise _malformed("goes on with what was never begun")
         self._source.data = bytes(plaintext[HEAD_BYTES:])
@@ -87,7 +87,7 @@ class RecordDecompressor:
     def _fill(frame: zstandard.ZstdDecompressionReader, out: memoryview) -> int:
         got = 0
         while got < len(out):
-            count = frame.readinto(out[got:])  # type: ignore[arg-type]
+            count = frame.readinto(out[got:])
             if not count:
                 break
             got += count

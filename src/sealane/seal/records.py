@@ -4,13 +4,13 @@ A record is a header, a ciphertext as long as its plaintext, and a tag. Integers
 
      0        1        2               4               8                       16                      24
     +--------+--------+---------------+---------------+-----------------------+-----------------------+----------+-------+
-    |  kind  |  zero  |     zero      |    length     |       sequence        |      identifier       |ciphertext|  tag  |
+    |  kind  | coding |     zero      |    length     |       sequence        |      identifier       |ciphertext|  tag  |
     +--------+--------+---------------+---------------+-----------------------+-----------------------+----------+-------+
        u8       u8          u16          u32, bytes             u64              of lane and direction    length     16
 
-The header is the associated data. Rules, each with its error:
+The header is the associated data. `coding` says what a DATA record's plaintext is. Rules, each with its error:
 
- 1. kind, zero bytes and length fit                                     else `lane.malformed`
+ 1. kind, coding, zero bytes and length fit                                    else `lane.malformed`
  2. the identifier is this lane's and direction's                       else `lane.foreign`
  3. header and ciphertext are what was sealed                           else `lane.integrity`
  4. the sequence number is the next one                                 else `lane.replay` (lower) or `lane.reordered` (higher)
@@ -47,6 +47,14 @@ class Kind(IntEnum):
     CLOSE = 3
 
 
+class Coding(IntEnum):
+    """What the plaintext of a DATA record is; OPEN and CLOSE have 0."""
+
+    PLAIN = 0  # QEMU's bytes
+    ZSTD_BEGUN = 1  # the first record of a zstd frame (`seal.compression`)
+    ZSTD = 2  # a further one
+
+
 @dataclass(frozen=True)
 class LaneOpened:
     """The peer holds this lane's keys."""
@@ -57,9 +65,10 @@ class DataReceived:
     """Authentic plaintext; the view is valid until the reader's next `space`."""
 
     data: memoryview
+    coding: Coding = Coding.PLAIN
 
     def __repr__(self) -> str:
-        return f"DataReceived({len(self.data)} bytes)"
+        return f"DataReceived({len(self.data)} bytes, {self.coding.name})"
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,12 @@ _LENGTHS: Final = {
     Kind.OPEN: range(1),
     Kind.DATA: range(1, RECORD_PAYLOAD_MAX + 1),
     Kind.CLOSE: range(1),
+}
+
+_CODINGS: Final = {
+    Kind.OPEN: frozenset({Coding.PLAIN}),
+    Kind.DATA: frozenset(Coding),
+    Kind.CLOSE: frozenset({Coding.PLAIN}),
 }
 
 
@@ -98,12 +113,12 @@ class RecordSealer:
             raise InternalError("internal.error", "a lane is opened once, before anything else")
         return self._seal(Kind.OPEN, 0)
 
-    def seal_data(self, length: int) -> memoryview:
+    def seal_data(self, length: int, coding: Coding = Coding.PLAIN) -> memoryview:
         """The record that carries the first `length` bytes of `payload`."""
         if not self._sequence or length not in _LENGTHS[Kind.DATA]:
             raise InternalError("internal.error", f"{length} bytes cannot be sealed here")
         self.plaintext_bytes += length
-        return self._seal(Kind.DATA, length)
+        return self._seal(Kind.DATA, length, coding)
 
     def close_lane(self) -> memoryview:
         """The last record."""
@@ -111,13 +126,13 @@ class RecordSealer:
         self._closed = True
         return record
 
-    def _seal(self, kind: Kind, length: int) -> memoryview:
+    def _seal(self, kind: Kind, length: int, coding: Coding = Coding.PLAIN) -> memoryview:
         if self._closed:
             raise InternalError("internal.error", "the lane is closed")
         sequence = self._sequence
         self._sequence += 1
         end = OVERHEAD_BYTES + length
-        header = _HEADER.pack(kind, 0, 0, length, sequence, self._keys.identifier)
+        header = _HEADER.pack(kind, coding, 0, length, sequence, self._keys.identifier)
         self._frame[:HEADER_BYTES] = header
         body = self._frame[HEADER_BYTES:end]
         self._keys.at(sequence).seal_into(self._keys.nonce(sequence), body[:length], header, body)
@@ -145,7 +160,7 @@ class RecordReader:
         self._have = 0
         self._done = 0  # bytes of a finished record that still stand in front
         self._length: int | None = None  # of the present record, once its header is checked
-        self._kind = Kind.OPEN
+        self._kind, self._coding = Kind.OPEN, Coding.PLAIN
         self._claimed = 0
         self._sequence = 0
         self._closed = False
@@ -195,12 +210,14 @@ class RecordReader:
         return self._open(self._length)
 
     def _check_header(self) -> int:
-        kind, zero, zeros, length, sequence, identifier = _HEADER.unpack(self._buffer[:HEADER_BYTES])
-        if zero or zeros or kind not in iter(Kind) or length not in _LENGTHS[Kind(kind)]:  # rule 1
+        kind, coding, zeros, length, sequence, identifier = _HEADER.unpack(self._buffer[:HEADER_BYTES])
+        if zeros or kind not in iter(Kind) or length not in _LENGTHS[Kind(kind)]:  # rule 1
+            raise self._fail("lane.malformed")
+        if coding not in _CODINGS[Kind(kind)]:  # rule 1
             raise self._fail("lane.malformed")
         if identifier != self._keys.identifier:  # rule 2
             raise self._fail("lane.foreign")
-        self._kind, self._claimed = Kind(kind), sequence
+        self._kind, self._coding, self._claimed = Kind(kind), Coding(coding), sequence
         return int(length)
 
     def _open(self, length: int) -> Event:
@@ -225,7 +242,7 @@ class RecordReader:
         self._length, self._done = None, end
         self.plaintext_bytes += length
         if self._kind is Kind.DATA:
-            return DataReceived(plaintext)
+            return DataReceived(plaintext, self._coding)
         if self._kind is Kind.OPEN:
             return LaneOpened()
         self._closed = True

@@ -100,7 +100,7 @@ class LaneReducer:
             self._packet.as_it_is = True
             self._packet.parts.clear()
         if self._reader is not None:
-            out.append(self._reader.pending)
+            out.append(self._reader.pending[max(0, self._sent - self._reader.offset) :])
         self._sent = self._fed
         return [piece for piece in out if len(piece)]
 

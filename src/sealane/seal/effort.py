@@ -1,0 +1,85 @@
+"""How much to spend on a byte before it is sent: nothing where the line is fast, zstd's levels where it is the bottleneck.
+
+A lane's thread waits for QEMU, works, or waits for the line. Each INTERVAL_S it tells how it spent its time, and
+
+* while nothing is reduced: begin where the thread waited for the line, the line carried less than compressing could give,
+  and the receiver was not the one that could take no more (TCP_INFO's tcpi_rwnd_limited, tcp(7));
+* afterwards: a level up where it waits for the line still, one down where it works all the time; from the lowest down, stop.
+
+Two intervals in a row must agree. Having stopped, it begins again only where the line carries clearly less than what came
+through while reducing.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+INTERVAL_S: Final = 0.05
+# zstd's levels, least work first; docs/performance.md has what each of them brings.
+LEVELS: Final = (-1, 1, 3, 5, 7)
+_START: Final = LEVELS.index(1)
+# All lanes together. Compressing gives some 400 MB/s a core: a line that carries this is no bottleneck.
+_FAST_LINE_BYTES_PER_S: Final = 400e6
+_WAITS: Final = 0.5
+_WORKS: Final = 0.75
+_RECEIVER_IS_SLOW: Final = 0.15
+_AGREE: Final = 2
+_CLEARLY_LESS: Final = 0.8
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What one lane did: seconds, and bytes in all."""
+
+    elapsed_s: float
+    line_wait_s: float
+    vm_wait_s: float
+    receiver_limited_s: float
+    wire_bytes: int
+    plaintext_bytes: int
+
+
+class Effort:
+    """One lane's choice; `level` is None while nothing is to be reduced."""
+
+    def __init__(self, lanes: int) -> None:
+        self._fast = _FAST_LINE_BYTES_PER_S / max(1, lanes)
+        self._at: int | None = None
+        self._votes = 0
+        self._reduced_rate: float | None = None
+
+    @property
+    def level(self) -> int | None:
+        """zstd's level."""
+        return None if self._at is None else LEVELS[self._at]
+
+    def learn(self, interval: Interval) -> None:
+        """Take an interval into account."""
+        if interval.elapsed_s <= 0:
+            return
+        waits = interval.line_wait_s / interval.elapsed_s
+        works = 1 - waits - interval.vm_wait_s / interval.elapsed_s
+        if self._at is None:
+            self._vote(1 if waits > _WAITS and self._is_line_slow(interval) else 0)
+            return
+        rate = interval.plaintext_bytes / interval.elapsed_s
+        self._reduced_rate = rate if self._reduced_rate is None else 0.8 * self._reduced_rate + 0.2 * rate
+        self._vote(1 if waits > _WAITS else -1 if works > _WORKS else 0)
+
+    def _is_line_slow(self, interval: Interval) -> bool:
+        if interval.receiver_limited_s > _RECEIVER_IS_SLOW * interval.elapsed_s:
+            return False
+        rate = interval.wire_bytes / interval.elapsed_s
+        return rate < self._fast and (self._reduced_rate is None or rate < _CLEARLY_LESS * self._reduced_rate)
+
+    def _vote(self, direction: int) -> None:
+        """Move where enough intervals agreed."""
+        self._votes = self._votes + direction if direction and self._votes * direction >= 0 else direction
+        if abs(self._votes) < _AGREE:
+            return
+        self._votes = 0
+        if self._at is None:
+            self._at = _START
+        elif self._at + direction < 0:
+            self._at = None
+        else:
+            self._at = min(self._at + direction, len(LEVELS) - 1)
