@@ -216,6 +216,36 @@ def test_lane_that_nobody_awaits(rig: Rig) -> None:
     rig.assert_goes_on()
 
 
+def test_stranger_who_read_the_migration_id(rig: Rig) -> None:
+    """What a channel's preface shows is enough to be turned away with: the lanes' places stay free, the VM arrives."""
+    seen: dict[str, bytes] = {}
+
+    def read_on_the_way(connection: int, direction: Direction, offset: int, data: bytes) -> bytes:
+        if direction == "forward" and offset == 0 and connection == 0:
+            seen["id"] = data[PREFACE_BYTES - 16 : PREFACE_BYTES]
+        return data
+
+    def flood() -> None:
+        while not over.wait(0.01):
+            for lane in range(3):
+                with suppress(OSError), dial(rig.home.host, rig.away.host) as connection:
+                    connection.sendall(encode_preface(Preface(ConnectionKind.LANE, seen.get("id", bytes(16)), lane)))
+                    turned_away.append(is_closed(connection))
+
+    over, turned_away = threading.Event(), list[bool]()
+    stranger = threading.Thread(target=flood, name="stranger")
+    stranger.start()
+    try:
+        attempt = rig.attempt(read_on_the_way, **SLOWLY)
+    finally:
+        over.set()
+        stranger.join()
+    assert "id" in seen
+    assert turned_away
+    assert all(turned_away)
+    rig.assert_arrived(attempt)
+
+
 def test_endless_preface(rig: Rig) -> None:
     """A byte now and then does not keep a connection: the whole preface has a time, not each byte."""
     with dial(rig.home.host, rig.away.host) as connection:

@@ -21,6 +21,7 @@ from sealane.enclave.interface import (
     ExpectLanes,
     Failed,
     LanesOpen,
+    LaneTokens,
     Ocall,
     OpenLanes,
     PeerEstablished,
@@ -162,10 +163,13 @@ class Pair:
         ends = [tcp_pair() for _ in range(count)]
         self.held = [end.dup() for end, _ in ends]
         self.destination.call(ExpectLanes(count))
+        lanes = self.destination.until(LaneTokens).lanes
+        tokens = {int(lane): bytes.fromhex(token) for token, lane in lanes.items()}
+        assert len(tokens) == count
         self.source.call(OpenLanes(), listener, *(end for end, _ in ends))
         for lane, (_, there) in enumerate(ends):
             preface = parse_preface(receive_exactly(there, PREFACE_BYTES))
-            assert preface == Preface(ConnectionKind.LANE, bytes.fromhex(MIGRATION), lane)
+            assert preface == Preface(ConnectionKind.LANE, tokens[lane], lane)
             arriving = there
             if between is not None and lane == 0:
                 inner, arriving = tcp_pair()

@@ -31,8 +31,12 @@ def channel(number: int) -> bytes:
     return encode_preface(Preface(ConnectionKind.CHANNEL, number.to_bytes(16, "big")))
 
 
-def lane(number: int, index: int = 0) -> bytes:
-    return encode_preface(Preface(ConnectionKind.LANE, number.to_bytes(16, "big"), index))
+def token(number: int, index: int = 0) -> bytes:
+    return b"token of" + number.to_bytes(4, "big") + index.to_bytes(4, "big")
+
+
+def lane(number: int, index: int = 0, *, shown: bytes | None = None) -> bytes:
+    return encode_preface(Preface(ConnectionKind.LANE, shown or token(number, index), index))
 
 
 @dataclass
@@ -43,7 +47,7 @@ class StandIn:
     migration_id: str
     all: "list[StandIn]"
     is_proven: bool = False
-    awaited: set[int] = field(default_factory=set)
+    awaited: dict[bytes, int] = field(default_factory=dict)
     connection: socket.socket | None = None
     lanes: dict[int, socket.socket] = field(default_factory=dict)
     outcome: "asyncio.Future[asyncio.Task[None]]" = field(
@@ -60,10 +64,10 @@ class StandIn:
         finally:
             connection.close()
 
-    def accept_lane(self, index: int, connection: socket.socket) -> bool:
-        if index not in self.awaited:
+    def accept_lane(self, token: bytes, index: int, connection: socket.socket) -> bool:
+        if self.awaited.get(token) != index:
             return False
-        self.awaited.discard(index)
+        del self.awaited[token]
         self.lanes[index] = connection
         return True
 
@@ -258,7 +262,12 @@ async def test_lanes_go_to_their_migration_each_once(port: Port) -> None:
     await port.connect(channel(1))
     reception = await port.reception(1)
     assert await is_closed(await port.connect(lane(1)))  # no lanes awaited yet
-    reception.awaited = {0, 1}
+    await port.connect(channel(2))
+    await port.reception(2)
+    reception.awaited = {token(1, 0): 0, token(1, 1): 1}
+    by_id = lane(1, shown=(1).to_bytes(16, "big"))  # the id, which a stranger reads in the channel's preface
+    for guessed in (by_id, lane(1, shown=bytes(16)), lane(1, 1, shown=token(1, 0))):
+        assert await is_closed(await port.connect(guessed))
     for index in (1, 0):
         await port.connect(lane(1, index))
         await eventually(partial(reception.lanes.get, index))

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from sealane.crypto.aead import Aead
 from sealane.seal import keys as schedule
-from sealane.seal.keys import Direction
+from sealane.seal.keys import Direction, lane_token
 from sealane.seal.records import RecordReader, RecordSealer
 from tests.seal.rig import HEADER, SECRET, feed, forge, keys, read, records, seal_all
 
@@ -135,6 +135,9 @@ def regenerate() -> dict[str, Any]:
         "provenance": "tests/seal/test_keys.py: HKDF-Expand of the standard library's HMAC, AES-256-GCM of cryptography",
         "migration_secret": SECRET.hex(),
         "lanes": lanes,
+        "tokens": {
+            lane: _expand(SECRET, b"sealane v1 lane token" + lane.to_bytes(2, "big"), 16).hex() for lane in (0, 1, 33)
+        },
         "payload": payload.hex(),
         "records_of_lane_0": [record.hex() for record in sealed],
         "first_record_of_generation_1": late.hex(),
@@ -143,7 +146,7 @@ def regenerate() -> dict[str, Any]:
 
 
 def test_vectors_are_what_is_computed_by_hand() -> None:
-    assert json.loads(VECTORS.read_text()) == regenerate()
+    assert VECTORS.read_text() == json.dumps(regenerate(), indent=1) + "\n"
 
 
 def test_sealane_makes_the_same_records_as_the_vectors() -> None:
@@ -153,6 +156,8 @@ def test_sealane_makes_the_same_records_as_the_vectors() -> None:
     assert [record.hex() for record in seal_all(sealer, [payload])] == vectors["records_of_lane_0"]
     assert sealer.digest.hex() == vectors["digest"]
     assert forge(2, 1 << 18, payload).hex() == vectors["first_record_of_generation_1"]
+    for number, token in vectors["tokens"].items():
+        assert lane_token(SECRET, int(number)).hex() == token
     for lane in vectors["lanes"]:
         own = keys(bytes.fromhex(vectors["migration_secret"]), lane["lane"], Direction(lane["direction"]))
         assert own.identifier.hex() == lane["identifier"]

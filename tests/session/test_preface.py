@@ -29,8 +29,8 @@ def test_any_bytes(data: bytes) -> None:
 
 @PROPERTY
 @given(st.binary(min_size=16, max_size=16), st.integers(0, LANES_MAX - 1))
-def test_round_trip(migration_id: bytes, lane: int) -> None:
-    for preface in (Preface(ConnectionKind.LANE, migration_id, lane), Preface(ConnectionKind.CHANNEL, migration_id)):
+def test_round_trip(label: bytes, lane: int) -> None:
+    for preface in (Preface(ConnectionKind.LANE, label, lane), Preface(ConnectionKind.CHANNEL, label)):
         assert parse_preface(encode_preface(preface)) == preface
 
 

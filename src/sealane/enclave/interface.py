@@ -6,6 +6,8 @@ else connects the two processes but the descriptors that are handed over. Order:
     agent    Begin + channel          the enclave ends TLS on this connection
     enclave  PeerEstablished
     both     SendMessage / Message    the agents talk, in what order they like
+    agent    ExpectLanes                            (destination)
+    enclave  LaneTokens                             (destination) what each lane's connection will show
     agent    OpenLanes + listener, connections      (source)
              AcceptLane + connection, for each      (destination)
     enclave  LanesOpen                the peer has proved, on each lane, that it holds its keys
@@ -111,6 +113,13 @@ class LanesOpen:
 
 
 @dataclass(frozen=True)
+class LaneTokens:
+    """Destination: what the connection of each lane shows in its preface, in hexadecimal, and the lane's number."""
+
+    lanes: dict[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class VmWanted:
     """The first bytes for QEMU have come on this lane."""
 
@@ -154,7 +163,9 @@ class Failed:
 
 
 Ecall: TypeAlias = Begin | OpenLanes | ExpectLanes | AcceptLane | AttachVm | SendMessage | Abort | Finish
-Ocall: TypeAlias = PeerEstablished | Message | LanesOpen | VmWanted | Counters | LanesClosed | PeerFinished | Failed
+Ocall: TypeAlias = (
+    PeerEstablished | Message | LaneTokens | LanesOpen | VmWanted | Counters | LanesClosed | PeerFinished | Failed
+)
 Call: TypeAlias = Ecall | Ocall
 
 _BY_NAME: Final[dict[str, type[Any]]] = {cls.__name__: cls for cls in (*get_args(Ecall), *get_args(Ocall))}

@@ -34,6 +34,7 @@ from sealane.enclave.interface import (
     Finish,
     LanesClosed,
     LanesOpen,
+    LaneTokens,
     Message,
     Ocall,
     OpenLanes,
@@ -44,6 +45,7 @@ from sealane.enclave.interface import (
 )
 from sealane.errors import InternalError, PeerError, SealaneError, make_error
 from sealane.limits import LANES_MAX
+from sealane.seal.keys import lane_token
 from sealane.session.channel import Channel, Established, MessageReceived, PeerRefused, PeerSaidBye, Role
 from sealane.session.preface import ConnectionKind, Preface, encode_preface
 
@@ -131,7 +133,7 @@ class Enclave:
             case OpenLanes():
                 self._open_lanes(*sockets)
             case ExpectLanes():
-                self._expected = call.count
+                self._expect_lanes(call.count)
             case AcceptLane():
                 self._add_lane(call.lane, sockets[0]).start()
             case AttachVm():
@@ -236,13 +238,21 @@ class Enclave:
 
     # ---- the lanes
 
+    def _expect_lanes(self, count: int) -> None:
+        if not 0 < count <= LANES_MAX:
+            raise InternalError("internal.error", f"{count} lanes")
+        self._expected = count
+        secret = self._need_channel().migration_secret()
+        self._tell(LaneTokens({lane_token(secret, lane).hex(): str(lane) for lane in range(count)}))
+
     def _open_lanes(self, listener: socket.socket, *connections: socket.socket) -> None:
         self._listener = listener
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ, self._on_vm_dialled)
         self._expected = len(connections)
+        secret = self._need_channel().migration_secret()
         for index, connection in enumerate(connections):
-            preface = encode_preface(Preface(ConnectionKind.LANE, bytes.fromhex(self._migration), index))
+            preface = encode_preface(Preface(ConnectionKind.LANE, lane_token(secret, index), index))
             self._add_lane(index, connection).start(preface)
 
     def _add_lane(self, index: int, connection: socket.socket) -> lanes.Lane:

@@ -104,14 +104,15 @@ class PeerListener:
             connection.close()
 
     def _route(self, preface: Preface, connection: socket.socket) -> None:
-        known = self._receptions.get(preface.migration_id)
         if preface.kind is ConnectionKind.LANE:
-            if known is None or not known.accept_lane(preface.lane, connection):
-                connection.close()
-        elif known is not None:
+            for reception in self._receptions.values():
+                if reception.accept_lane(preface.label, preface.lane, connection):
+                    return
+            connection.close()
+        elif preface.label in self._receptions:
             connection.close()
         else:
-            self._receive(preface.migration_id, connection)
+            self._receive(preface.label, connection)
 
     def _receive(self, migration_id: bytes, connection: socket.socket) -> None:
         if len(self._beginning) >= _BEGINNING_MAX:

@@ -5,6 +5,9 @@
     secret[0]     = HKDF-Expand(lane secret, "secret", 32)
     key[n], iv[n] = HKDF-Expand(secret[n], "key", 32), HKDF-Expand(secret[n], "iv", 12)
     secret[n+1]   = HKDF-Expand(secret[n], "next", 32)
+    token         = HKDF-Expand(migration secret, "sealane v1 lane token" || lane u16, 16)   opens the lane's connection
+
+The token routes a connection to its lane and opens nothing: no key can be made of it.
 
 A key serves RECORDS_PER_KEY records (see `limits`); which generation a record belongs to follows from its sequence
 number, so both ends move on by themselves. A generation's secret is forgotten once the next one is there.
@@ -19,6 +22,7 @@ from sealane.limits import RECORDS_PER_KEY
 
 IDENTIFIER_BYTES: Final = 8
 SECRET_BYTES: Final = 32
+TOKEN_BYTES: Final = 16
 
 
 class Direction(IntEnum):
@@ -26,6 +30,11 @@ class Direction(IntEnum):
 
     TO_DESTINATION = 0
     TO_SOURCE = 1
+
+
+def lane_token(migration_secret: bytes, lane: int) -> bytes:
+    """What a lane's connection shows first, once: only who holds the migration's secret can know it."""
+    return expand(migration_secret, b"sealane v1 lane token" + lane.to_bytes(2, "big"), TOKEN_BYTES)
 
 
 class LaneKeys:

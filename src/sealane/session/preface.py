@@ -2,10 +2,11 @@
 
      0                         7         8       9       10      12          16                                32
     +-------------------------+---------+-------+-------+-------+-----------+----------------------------------+
-    | "sealane" (7 bytes)     | version | kind  | zero  | lane  |   zero    |       migration id (16)          |
+    | "sealane" (7 bytes)     | version | kind  | zero  | lane  |   zero    |            label (16)            |
     +-------------------------+---------+-------+-------+-------+-----------+----------------------------------+
 
-It is a routing label and proves nothing: a channel proves itself by TLS, a lane by its first record.
+A channel's label is the migration's id, which anybody on the way may read; a lane's is its token, which only who holds the
+migration's secret can know (`seal/keys.py`). Both only route: a channel proves itself by TLS, a lane by its first record.
 """
 
 import struct
@@ -20,7 +21,7 @@ _PREFACE: Final = struct.Struct(">7sBBBHI16s")
 PREFACE_BYTES: Final = _PREFACE.size
 MAGIC: Final = b"sealane"
 PROTOCOL_VERSION: Final = 1
-MIGRATION_ID_BYTES: Final = 16
+LABEL_BYTES: Final = 16
 
 
 class ConnectionKind(IntEnum):
@@ -32,23 +33,26 @@ class ConnectionKind(IntEnum):
 
 @dataclass(frozen=True)
 class Preface:
-    """Where a connection belongs."""
+    """Where a connection belongs; `label` is the migration's id of a channel, the token of a lane."""
 
     kind: ConnectionKind
-    migration_id: bytes
+    label: bytes
     lane: int = 0
+
+    def __repr__(self) -> str:
+        return f"Preface({self.kind.name}, lane {self.lane})"
 
 
 def encode_preface(preface: Preface) -> bytes:
     """The 32 bytes that open a connection."""
-    return _PREFACE.pack(MAGIC, PROTOCOL_VERSION, preface.kind, 0, preface.lane, 0, preface.migration_id)
+    return _PREFACE.pack(MAGIC, PROTOCOL_VERSION, preface.kind, 0, preface.lane, 0, preface.label)
 
 
 def parse_preface(data: bytes) -> Preface:
     """Read untrusted bytes; raises PeerError `peer.preface`, or `peer.version` for another version of ours."""
     if len(data) != PREFACE_BYTES:
         raise PeerError("peer.preface", f"a preface has {PREFACE_BYTES} bytes, not {len(data)}")
-    magic, version, kind, zero, lane, zeros, migration_id = _PREFACE.unpack(data)
+    magic, version, kind, zero, lane, zeros, label = _PREFACE.unpack(data)
     if magic != MAGIC:
         raise PeerError("peer.preface", "the first bytes are not Sealane's")
     if version != PROTOCOL_VERSION:
@@ -61,4 +65,4 @@ def parse_preface(data: bytes) -> Preface:
         or (kind == ConnectionKind.CHANNEL and lane)
     ):
         raise PeerError("peer.preface", "a field of the preface does not fit")
-    return Preface(ConnectionKind(kind), migration_id, lane)
+    return Preface(ConnectionKind(kind), label, lane)

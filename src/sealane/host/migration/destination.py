@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from sealane.enclave.interface import AcceptLane, AttachVm, Begin, ExpectLanes, PeerEstablished, SendMessage
+from sealane.enclave.interface import AcceptLane, AttachVm, Begin, ExpectLanes, LaneTokens, PeerEstablished, SendMessage
 from sealane.errors import ControlError, InternalError, SealaneError, make_error
 from sealane.host.jobs import Job
 from sealane.host.migration import messages
@@ -41,6 +41,7 @@ from sealane.limits import (
     HANDSHAKE_TIMEOUT_S,
     LANE_OPEN_TIMEOUT_S,
     LOADED_TIMEOUT_S,
+    QMP_TIMEOUT_S,
 )
 from sealane.session.handover import Handover, Input, Role
 
@@ -58,7 +59,7 @@ class Reception:
     def __init__(self, context: MigrationContext, migration_id: str) -> None:
         self._context, self._id = context, migration_id
         self._enclave: EnclaveProcess | None = None
-        self._lanes_awaited: set[int] = set()
+        self._lanes_awaited: dict[bytes, int] = {}  # by token
         self.is_proven = False
 
     async def meet(self, connection: socket.socket) -> Job:
@@ -119,15 +120,18 @@ class Reception:
             qmp=vm.qmp,
         )
 
-    def expect_lanes(self, count: int) -> None:
-        """From now on so many lanes are let in, each once."""
-        self._lanes_awaited = set(range(count))
+    def expect_lanes(self, tokens: LaneTokens) -> None:
+        """From now on these lanes are let in, each once."""
+        self._lanes_awaited = {bytes.fromhex(token): int(lane) for token, lane in tokens.lanes.items()}
 
-    def accept_lane(self, lane: int, connection: socket.socket) -> bool:
-        """Hand a lane's connection to the enclave; False where it is not awaited (the caller closes it)."""
-        if self._enclave is None or lane not in self._lanes_awaited:
+    def accept_lane(self, token: bytes, lane: int, connection: socket.socket) -> bool:
+        """Hand a lane's connection to the enclave; False where no lane with that token is awaited (the caller closes it).
+
+        A stranger cannot guess a token, so what he sends ends here, and no migration hears of it.
+        """
+        if self._enclave is None or self._lanes_awaited.get(token) != lane:
             return False
-        self._lanes_awaited.discard(lane)
+        del self._lanes_awaited[token]
         try:
             self._enclave.call(AcceptLane(lane), connection)
         except SealaneError:
@@ -249,7 +253,8 @@ class DestinationMigration(Job):
     async def _open_lanes(self, path: Path, channels: int) -> None:
         self._enclave.on_vm_wanted = lambda lane: self._attach_soon(lane, path)
         self._enclave.call(ExpectLanes(1 + channels))
-        self._reception.expect_lanes(1 + channels)
+        tokens = self._enclave.lane_tokens
+        self._reception.expect_lanes(await self._enclave.wait(tokens, QMP_TIMEOUT_S, "enclave.slow", "tokens of lanes"))
         self._enclave.call(SendMessage(messages.Prepared(multifd_channels=channels).model_dump_json()))
         await self._enclave.wait(
             self._enclave.lanes_open, CHANNEL_ANSWER_TIMEOUT_S + LANE_OPEN_TIMEOUT_S, "peer.slow", "lanes"

@@ -19,6 +19,7 @@ from sealane.enclave.interface import (
     Finish,
     LanesClosed,
     LanesOpen,
+    LaneTokens,
     Message,
     Ocall,
     PeerEstablished,
@@ -43,6 +44,7 @@ class EnclaveProcess:
         loop = asyncio.get_running_loop()
         self._process, self._calls = process, calls
         self.established: asyncio.Future[PeerEstablished] = loop.create_future()
+        self.lane_tokens: asyncio.Future[LaneTokens] = loop.create_future()
         self.lanes_open: asyncio.Future[LanesOpen] = loop.create_future()
         self.lanes_closed: asyncio.Future[LanesClosed] = loop.create_future()
         self.finished: asyncio.Future[None] = loop.create_future()
@@ -193,6 +195,8 @@ class EnclaveProcess:
                 _resolve(self.established, call)
             case Message():
                 self._heard_message(call.payload)
+            case LaneTokens():
+                _resolve(self.lane_tokens, call)
             case LanesOpen():
                 _resolve(self.lanes_open, call)
             case VmWanted():
