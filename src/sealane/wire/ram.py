@@ -10,8 +10,9 @@ be64 address|flags                                     the address counts in the
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 
@@ -34,9 +35,15 @@ _FLAGS: Final = q.TARGET_PAGE_SIZE - 1
 _PAGE: Final = q.RAM_SAVE_FLAG_PAGE | q.RAM_SAVE_FLAG_CONTINUE
 _ZERO: Final = q.RAM_SAVE_FLAG_ZERO | q.RAM_SAVE_FLAG_CONTINUE
 _LENGTHS: Final = {_PAGE: 8 + q.TARGET_PAGE_SIZE, _ZERO: 9}
-# When so many records were each of the kind of the last but one, the rest of the run, or of the rhythm of pages and zero
-# pages, is looked at with strided views: less would try too often in vain where the two mix at random.
+_PAGE_RECORD: Final = _LENGTHS[_PAGE]
+_ZERO_RECORD: Final = _LENGTHS[_ZERO]
+# When so many records have come in a rhythm (an even number), the rest of it is looked for with strided views: less would
+# try too often in vain where pages and zero pages mix at random. Where tries are in vain the next comes later, up to _RUN_MAX.
 _RUN: Final = 12
+_RUN_MAX: Final = 192
+_WORTH_TRYING: Final = 32
+# The flags of the records that repeat: (), (PAGE,), (ZERO,) or both.
+Rhythm: TypeAlias = tuple[int, ...]
 # zlib's compressBound of one page, with room for other implementations of it
 _COMPRESSED_MAX: Final = q.TARGET_PAGE_SIZE + 128
 
@@ -69,6 +76,7 @@ class RamRecords(Reader):
         super().__init__(carry=carry)
         self.layout = RamLayout()
         self._block: str | None = None
+        self._rhythm: Rhythm = ()
         self._unlisted = 0  # bytes of blocks that MEM_SIZE announced and that are still to come
 
     def _ram_ended(self) -> None:
@@ -182,7 +190,9 @@ class RamRecords(Reader):
         if end - position < head + body:
             return self._want(head + body)
         after = position + head + body
-        headers, starts, after = scan_continued(buffer, after, end, first=(header, position + head))
+        headers, starts, after, self._rhythm = scan_continued(
+            buffer, after, end, first=(header, position + head), rhythm=self._rhythm
+        )
         good = self._count_inside(headers, block)
         if good < len(headers):
             after = int(starts[good]) - 8
@@ -242,70 +252,100 @@ class PreemptReader(RamRecords):
 
 
 def scan_continued(
-    buffer: memoryview, position: int, end: int, *, first: tuple[int, int]
-) -> tuple[Offsets, Positions, int]:
+    buffer: memoryview, position: int, end: int, *, first: tuple[int, int], rhythm: Rhythm = ()
+) -> tuple[Offsets, Positions, int, Rhythm]:
     """The records that go on in the same block from `position`, all that are whole before `end`.
 
-    Gives their headers and where their contents begin, both opened by `first`, and the position behind them.
+    Gives their headers and where their contents begin, both opened by `first`, the position behind them, and the rhythm in
+    which they ended: given to the next scan, it finds at once what goes on so.
 
-    Boundaries depend on each other, so records are stepped over by their headers; as soon as some equal ones have come,
-    the rest of their run is taken with a strided view, and so is a page-and-zero rhythm. A page's content is not touched.
+    Boundaries depend on each other, so records are stepped over by their flags; where some have come in a regular rhythm,
+    the rest of it is taken with a strided view. A page's content is not touched.
     """
-    headers: list[Offsets] = []
-    starts: list[Positions] = []
-    some_headers, some_starts = [first[0]], [first[1]]
-    before, last, repeats = 0, 0, 0
-    while end - position >= 9:
-        header: int = _be64(buffer, position)[0]
-        kind = header & _FLAGS
-        if kind == _PAGE:
-            after = position + 8 + q.TARGET_PAGE_SIZE
-            if after > end:
+    if end - position < _ZERO_RECORD:
+        return np.array([first[0]], np.uint64), np.array([first[1]], np.int64), position, rhythm
+    parts: list[Positions] = [np.array([first[1]], np.int64)]
+    steps = _RUN
+    while True:
+        if rhythm:
+            taken, position = _take_run(buffer, position, end, rhythm)
+            parts.append(taken)
+            # a vain try costs as much as dozens of steps
+            steps = _RUN if len(taken) >= _WORTH_TRYING else min(2 * steps, _RUN_MAX)
+        stepped, position = _step_over(buffer, position, end, steps)
+        parts.append(np.array(stepped, np.int64))
+        if len(stepped) < steps:
+            rhythm = rhythm if len(stepped) < 2 else ()
+            break
+        rhythm = _rhythm_of(buffer, stepped, position)
+        if not rhythm:
+            steps = min(2 * steps, _RUN_MAX)
+    starts = np.concatenate(parts)
+    headers = np.empty(len(starts), np.uint64)
+    headers[0] = first[0]
+    headers[1:] = np.ndarray((end - 7,), ">u8", buffer, 0, (1,))[starts[1:] - 8]
+    foreign = np.uint64(_FLAGS ^ 0xFF)  # stepping looks at the lower flags only
+    if np.bitwise_or.reduce(headers[1:]) & foreign:
+        good = 1 + int(((headers[1:] & foreign) != 0).argmax())
+        return headers[:good], starts[:good], int(starts[good]) - 8, ()
+    return headers, starts, position, rhythm
+
+
+def _step_over(buffer: memoryview, position: int, end: int, count: int) -> tuple[list[int], int]:
+    """Where the contents of up to `count` whole records begin, and the position behind them."""
+    starts: list[int] = []
+    last_head, last_page = end - _ZERO_RECORD, end - _PAGE_RECORD
+    for _ in range(count):
+        if position > last_head:
+            break
+        flags = buffer[position + 7]
+        if flags == _PAGE:
+            if position > last_page:
                 break
-        elif kind == _ZERO:
-            after = position + 9
+            starts.append(position + 8)
+            position += _PAGE_RECORD
+        elif flags == _ZERO:
+            starts.append(position + 8)
+            position += _ZERO_RECORD
         else:
             break
-        some_headers.append(header)
-        some_starts.append(position + 8)
-        position = after
-        repeats = repeats + 1 if kind == before else 0
-        before, last = last, kind
-        if repeats < _RUN:
-            continue
-        repeats = 0
-        pattern = (kind,) if kind == before else (before, kind)
-        run_headers, run_starts, position = _take_run(buffer, position, end, pattern)
-        if len(run_headers):
-            headers += [np.array(some_headers, np.uint64), run_headers]
-            starts += [np.array(some_starts, np.int64), run_starts]
-            some_headers, some_starts = [], []
-    headers.append(np.array(some_headers, np.uint64))
-    starts.append(np.array(some_starts, np.int64))
-    if len(headers) == 1:
-        return headers[0], starts[0], position
-    return np.concatenate(headers), np.concatenate(starts), position
+    return starts, position
 
 
-def _take_run(buffer: memoryview, position: int, end: int, pattern: tuple[int, ...]) -> tuple[Offsets, Positions, int]:
-    """As many whole repetitions of `pattern` as follow, looked for in growing steps so that a short run costs little."""
-    within = np.cumsum([0, *(_LENGTHS[kind] for kind in pattern)])
-    stride = int(within[-1])
-    kinds = np.array(pattern, np.uint64)
-    headers: list[Offsets] = []
-    step, begin = 16, position
+def _rhythm_of(buffer: memoryview, starts: Sequence[int], position: int) -> Rhythm:
+    """What the last _RUN records before `position` repeat: pages, zero pages, or one after the other; () if nothing."""
+    span = position + 8 - starts[-_RUN]
+    if span == _RUN * _PAGE_RECORD:
+        return (_PAGE,)
+    if span == _RUN * _ZERO_RECORD:
+        return (_ZERO,)
+    two = _PAGE_RECORD + _ZERO_RECORD
+    if 2 * span == _RUN * two and all(starts[-n] - starts[-n - 2] == two for n in range(1, _RUN - 1)):
+        return (buffer[starts[-2] - 1], buffer[starts[-1] - 1])
+    return ()
+
+
+def _take_run(buffer: memoryview, position: int, end: int, rhythm: Rhythm) -> tuple[Positions, int]:
+    """Where the contents of as many whole repetitions of `rhythm` as follow begin, and the position behind them.
+
+    They are looked for in growing steps, so that a short run costs little; two kinds may follow in either order.
+    """
+    if end - position >= _ZERO_RECORD and buffer[position + 7] == rhythm[-1]:
+        rhythm = rhythm[::-1]
+    lengths = [_LENGTHS[kind] for kind in rhythm]
+    stride = sum(lengths)
+    step, begin = 128, position
     while (count := min(step, (end - position) // stride)) > 0:
-        found = np.empty((count, len(pattern)), np.uint64)
-        for column in range(len(pattern)):
-            found[:, column] = np.ndarray((count,), ">u8", buffer, position + int(within[column]), (stride,))
-        fits = ((found & np.uint64(_FLAGS)) == kinds).all(axis=1)
-        good = count if fits.all() else int(fits.argmin())
-        headers.append(found[:good].reshape(-1))
+        good, at = count, position + 7
+        for kind, length in zip(rhythm, lengths, strict=True):
+            flags = bytes(buffer[at : at + (count - 1) * stride + 1 : stride])
+            good = min(good, count - len(flags.lstrip(bytes((kind,)))))
+            at += length
         position += good * stride
         if good < count:
             break
         step *= 8
-    joined = np.concatenate(headers) if headers else np.empty(0, np.uint64)
-    repeats = len(joined) // len(pattern)
-    starts = (begin + 8 + np.arange(repeats, dtype=np.int64)[:, None] * stride + within[:-1]).reshape(-1)
-    return joined, starts, position
+    starts = np.arange(begin + 8, position + 8, stride, dtype=np.int64)
+    if len(lengths) > 1:
+        starts = np.stack((starts, starts + lengths[0]), axis=1).reshape(-1)
+    return starts, position
