@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sealane.enclave.launcher import ENCLAVE_NAME, LAUNCHER_NAME
 from sealane.errors import SealaneError
 from sealane.host.models import Migration, MigrationRequest, VmDefinition
 from sealane.testing.machine import Hardware, Workload
@@ -141,7 +142,12 @@ class Rig:
         return found[0]
 
     def enclave_of(self, end: AgentHost) -> int:
-        found = [pid for pid in end.processes() if "sealane.enclave" in _command(pid)]
+        found = [pid for pid in end.processes() if _name(pid) == ENCLAVE_NAME]
+        assert len(found) == 1, found
+        return found[0]
+
+    def launcher_of(self, end: AgentHost) -> int:
+        found = [pid for pid in end.processes() if _name(pid) == LAUNCHER_NAME]
         assert len(found) == 1, found
         return found[0]
 
@@ -193,11 +199,12 @@ class Rig:
     def _untidy(self) -> list[str]:
         found = []
         for end, qemus in ((self.home, 1), (self.away, 0)):
-            words = sorted(_command(pid) for pid in end.processes())
+            launchers = [pid for pid in end.processes() if _name(pid) == LAUNCHER_NAME]
+            words = sorted(_command(pid) for pid in end.processes() if pid not in launchers)
             machines = [each for each in words if "qemu-system" in each]
             agents = [each for each in words if "sealane.cli agent" in each]
             others = [each for each in words if each not in machines + agents]
-            if len(machines) != qemus or len(agents) != 1 or others:
+            if len(machines) != qemus or len(agents) != 1 or len(launchers) > 1 or others:
                 found.append(f"{end.name} has {words}")
             if sockets := list((end.host.paths.run / "m").glob("*")):
                 found.append(f"{end.name} has {sockets}")
@@ -223,6 +230,12 @@ class Rig:
 def _command(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:200] or f"zombie {pid}"
+    return "gone"
+
+
+def _name(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
     return "gone"
 
 

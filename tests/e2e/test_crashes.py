@@ -28,6 +28,14 @@ def test_destination_enclave_killed(rig: Rig) -> None:
     rig.assert_aborted(attempt, "peer.closed", "lane.cut", "lane.truncated", destination=["enclave.died"])
 
 
+def test_launchers_killed(rig: Rig) -> None:
+    """Enclaves that are there go on, and the next migration finds new launchers."""
+    both = (rig.home, rig.away)
+    attempt = rig.attempt(during=lambda _: [kill(rig.launcher_of(end)) for end in both], at_bytes=MIDDLE, **SLOWLY)
+    rig.assert_arrived(attempt)
+    rig.assert_arrived(rig.attempt())
+
+
 def test_destination_agent_killed(rig: Rig) -> None:
     """Its enclave dies with it, so its QEMU loses its stream and ends: nothing waits for the restart."""
     away = rig.away
@@ -123,7 +131,7 @@ def test_source_qemu_killed() -> None:
         assert attempt.destination.state == "aborted"
         codes = {"vm.unreachable", "migration.destination-died"}
         assert attempt.destination_code in codes, attempt.destination.problem
-        wait(lambda: len(rig.home.processes()) == len(rig.away.processes()) == 1, "only the agents are left")
+        wait(lambda: len(rig.home.processes()) == len(rig.away.processes()) == 2, "only agents and launchers are left")
         with rig.home.client() as client:
             assert client.vm(rig.guest.name).state == "absent"
         rig.guest.machines[rig.home.name].stop()

@@ -2,9 +2,12 @@
 
 import contextlib
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +31,7 @@ from sealane.enclave.interface import (
     VmWanted,
     socket_pair,
 )
+from sealane.enclave.launcher import PACKET_MAX, REQUEST, STARTED
 from sealane.session.preface import PREFACE_BYTES, ConnectionKind, Preface, parse_preface
 from tests.session.rig import DESTINATION, MIGRATION, NOW, SOURCE
 
@@ -66,19 +70,53 @@ def open_descriptors() -> set[str]:
     return {link for link in links if "/proc/" not in link}
 
 
-class Enclave:
-    """A real enclave process and the agent's end of its call socket."""
+class Launcher:
+    """A real launcher, as an agent starts it; the enclaves are this process's children."""
 
-    def __init__(self, identity: Identity) -> None:
-        mine, theirs = socket_pair()
-        mine.settimeout(PATIENCE_S)
+    def __init__(self) -> None:
+        self.control, theirs = socket_pair()
+        self.control.settimeout(PATIENCE_S)
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-m", "sealane.enclave", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                stderr=subprocess.PIPE,
+                stderr=self.stderr,
                 env={"LANG": "C.UTF-8"},
             )
+
+    def fork(self, calls: socket.socket) -> tuple[int, int]:
+        """A fresh enclave on that end of a call socket: (pid, pidfd)."""
+        socket.send_fds(self.control, [REQUEST], [calls.fileno()])
+        packet, descriptors, _, _ = socket.recv_fds(self.control, PACKET_MAX, 1)
+        assert packet.startswith(STARTED), packet
+        (pidfd,) = descriptors
+        return int(packet.removeprefix(STARTED)), pidfd
+
+    def words(self) -> str:
+        """What it and its enclaves wrote to stderr."""
+        self.stderr.seek(0)
+        return self.stderr.read().decode()
+
+    def close(self) -> None:
+        """End it."""
+        self.control.close()
+        assert self.process.wait(PATIENCE_S) == 0, self.words()
+        self.stderr.close()
+
+
+class Enclave:
+    """A real enclave process and the agent's end of its call socket."""
+
+    def __init__(self, identity: Identity, launcher: Launcher) -> None:
+        mine, theirs = socket_pair()
+        mine.settimeout(PATIENCE_S)
+        self.launcher = launcher
+        with theirs:
+            self.pid, self._pidfd = launcher.fork(theirs)
+        self.status: int | None = None
         self.identity = identity
         self.calls = CallSocket(mine)
         self.heard: list[Ocall] = []
@@ -102,15 +140,25 @@ class Enclave:
             assert not isinstance(call, Failed), call
 
     def ends(self) -> tuple[int, str]:
-        """Wait for the process's end: its exit status, and what it wrote to stderr."""
-        _, stderr = self.process.communicate(timeout=PATIENCE_S)
-        return self.process.returncode, stderr.decode()
+        """Wait for the process's end: its exit status (less than 0: the signal), and what was written to stderr."""
+        if self.status is None:
+            assert select.select([self._pidfd], [], [], PATIENCE_S)[0], "the enclave does not end"
+            ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+            assert ended is not None
+            self.status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        return self.status, self.launcher.words()
+
+    def kill(self) -> None:
+        """End it at once."""
+        if self.status is None:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def close(self) -> None:
         """Nothing is left, whatever happened."""
         self.calls.close()
-        self.process.kill()
-        self.process.communicate()
+        self.kill()
+        self.ends()
+        os.close(self._pidfd)
 
 
 Between = Callable[[socket.socket, socket.socket], None]
@@ -212,11 +260,22 @@ class Pair:
 @contextlib.contextmanager
 def two_enclaves(directory: Path) -> Iterator[Pair]:
     """A pair; every process, thread and socket of it is gone afterwards."""
-    pair = Pair(Enclave(SOURCE), Enclave(DESTINATION), directory)
+    with a_launcher() as launcher:
+        pair = Pair(Enclave(SOURCE, launcher), Enclave(DESTINATION, launcher), directory)
+        try:
+            yield pair
+        finally:
+            pair.close()
+
+
+@contextlib.contextmanager
+def a_launcher() -> Iterator[Launcher]:
+    """A launcher; it is gone afterwards."""
+    launcher = Launcher()
     try:
-        yield pair
+        yield launcher
     finally:
-        pair.close()
+        launcher.close()
 
 
 def passing(change: Callable[[int, bytes], bytes]) -> Between:

@@ -17,6 +17,7 @@ from sealane.host import listener as module
 from sealane.host.config import Settings
 from sealane.host.listener import PeerListener
 from sealane.host.migration.context import MigrationContext
+from sealane.host.migration.enclave_launcher import EnclaveLauncher
 from sealane.host.models import Peer
 from sealane.limits import LANES_MAX, PENDING_CONNECTIONS_MAX, UNPROVEN_ENCLAVES_MAX
 from sealane.session.preface import ConnectionKind, Preface, encode_preface
@@ -358,35 +359,36 @@ async def test_it_goes_on_after_accept_failed(port: Port, monkeypatch: pytest.Mo
 
 
 async def test_real_enclaves_of_strangers_are_bounded_and_all_gone_afterwards() -> None:
-    await (await asyncio.create_subprocess_exec("true")).wait()
     before = open_descriptors()
+    launcher = EnclaveLauncher()
     peers = SimpleNamespace(list=lambda: [Peer(name="source", fingerprint=SOURCE.fingerprint)])
-    context = cast(MigrationContext, SimpleNamespace(identity=DESTINATION, peers=peers))
+    context = cast(MigrationContext, SimpleNamespace(identity=DESTINATION, peers=peers, launcher=launcher))
     port = Port(PeerListener(context, Settings(listen="127.0.0.1", port=0)), [])
     await port.listener.start()
     most = 0
     for number in range(3 * UNPROVEN_ENCLAVES_MAX):
         await port.connect(channel(number))
-        most = max(most, len(enclaves()))
+        most = max(most, len(enclaves(launcher)))
         await asyncio.sleep(0)
-    await eventually(lambda: len(enclaves()) == len(port.listener._beginning) <= 2 * UNPROVEN_ENCLAVES_MAX)
-    most = max(most, len(enclaves()))
+    await eventually(lambda: len(enclaves(launcher)) == len(port.listener._beginning) <= 2 * UNPROVEN_ENCLAVES_MAX)
+    most = max(most, len(enclaves(launcher)))
     assert 0 < most <= 2 * UNPROVEN_ENCLAVES_MAX
     assert await is_closed(port.clients[0])
     await port.listener.stop()
-    assert enclaves() == []
+    assert enclaves(launcher) == []
+    await launcher.stop()
     for client in port.clients:
         client.close()
     assert not open_descriptors() - before
 
 
-def enclaves() -> list[int]:
+def enclaves(launcher: EnclaveLauncher) -> list[int]:
     """Children of this process that are enclaves."""
     found = []
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):
             for child in (task / "children").read_text().split():
                 with contextlib.suppress(OSError):
-                    if b"sealane.enclave" in Path("/proc", child, "cmdline").read_bytes():
+                    if int(child) != launcher.pid and Path("/proc", child, "comm").read_text().startswith("sealane-"):
                         found.append(int(child))
     return found

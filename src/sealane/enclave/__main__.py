@@ -1,12 +1,8 @@
-"""`python -m sealane.enclave DESCRIPTOR`: started by the agent, never by hand."""
+"""`python -m sealane.enclave DESCRIPTOR`: the launcher of enclaves, started by the agent, never by hand."""
 
-import gc
 import sys
 
-from sealane.enclave.hardening import harden
-from sealane.enclave.process import main
+from sealane.enclave.launcher import launch
 
 if __name__ == "__main__":
-    harden()
-    gc.disable()  # one migration long: what its few cycles hold is less than looking for them in mid-stream costs
-    main(int(sys.argv[1]))
+    launch(int(sys.argv[1]))

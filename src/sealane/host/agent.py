@@ -24,6 +24,7 @@ from sealane.host.jobs import Job, Jobs
 from sealane.host.listener import PeerListener
 from sealane.host.logs import configure_logs
 from sealane.host.migration.dialling import remove_socket_directories
+from sealane.host.migration.enclave_launcher import EnclaveLauncher
 from sealane.host.migration.source import SourceMigration
 from sealane.host.models import Host, Migration, MigrationRequest, Peer, VmDefinition
 from sealane.host.notify import notify
@@ -80,6 +81,7 @@ class Agent:
         self.peers = Peers(self.store)
         self.registry = Registry(self.store, paths.config / VMS_FILE, self.jobs)
         self.listener = make_listener(self)
+        self.launcher = EnclaveLauncher()
         self._make_source = make_source
         self._stop = asyncio.Event()
 
@@ -146,6 +148,8 @@ class Agent:
     async def _serve(self, stack: AsyncExitStack, recovery: Recovery) -> None:
         retry = asyncio.create_task(self._recover_the_rest(recovery), name="recovery")
         stack.push_async_callback(_cancelled, retry)
+        stack.push_async_callback(self.launcher.stop)
+        self.launcher.start()
         await self.listener.start()
         stack.push_async_callback(self.listener.stop)
         server = _ApiServer(

@@ -2,10 +2,8 @@
 
 import asyncio
 import os
-import socket
-import sys
 from collections.abc import AsyncIterator
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -27,7 +25,8 @@ from sealane.enclave.interface import (
 )
 from sealane.errors import HostError, PeerError, SealaneError, make_error
 from sealane.host.migration import enclave_process
-from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
+from sealane.host.migration.enclave_launcher import EnclaveLauncher
+from sealane.host.migration.enclave_process import Child, EnclaveProcess, uninterrupted
 from sealane.host.migration.messages import Loaded, Prepared
 from tests.enclave.rig import open_descriptors, receive_exactly, tcp_pair
 from tests.session.rig import DESTINATION, MIGRATION, NOW, SOURCE
@@ -48,8 +47,17 @@ def begin(role: str) -> Begin:
     )
 
 
-async def meet() -> tuple[EnclaveProcess, EnclaveProcess]:
-    source, destination = await EnclaveProcess.start(), await EnclaveProcess.start()
+@pytest.fixture
+async def launcher() -> AsyncIterator[EnclaveLauncher]:
+    before = open_descriptors()
+    made = EnclaveLauncher()
+    yield made
+    await made.stop()
+    assert open_descriptors() == before
+
+
+async def meet(launcher: EnclaveLauncher) -> tuple[EnclaveProcess, EnclaveProcess]:
+    source, destination = await launcher.start_enclave(), await launcher.start_enclave()
     here, there = tcp_pair()
     source.call(begin("source"), here)
     assert here.fileno() == -1  # the enclave's alone
@@ -61,12 +69,10 @@ async def meet() -> tuple[EnclaveProcess, EnclaveProcess]:
     return source, destination
 
 
-async def test_two_agents_talk_through_real_enclaves_and_leave_nothing() -> None:
-    await (
-        await asyncio.create_subprocess_exec("true")
-    ).wait()  # what asyncio keeps for child processes is there from now on
+async def test_two_agents_talk_through_real_enclaves_and_leave_nothing(launcher: EnclaveLauncher) -> None:
+    launcher.start()
     before = open_descriptors()
-    source, destination = await meet()
+    source, destination = await meet(launcher)
     destination.call(SendMessage(Prepared(multifd_channels=2).model_dump_json()))
     assert await source.expect(Prepared, 20) == Prepared(multifd_channels=2)
     source.finish()
@@ -82,8 +88,8 @@ async def test_two_agents_talk_through_real_enclaves_and_leave_nothing() -> None
     assert open_descriptors() == before
 
 
-async def test_an_abort_tells_the_other_end_why() -> None:
-    source, destination = await meet()
+async def test_an_abort_tells_the_other_end_why(launcher: EnclaveLauncher) -> None:
+    source, destination = await meet(launcher)
     destination.abort(make_error("check.cpus", "2 and 1"))
     with pytest.raises(SealaneError, match="the peer says: 2 and 1") as raised:
         await source.expect(Prepared, 20)
@@ -91,8 +97,8 @@ async def test_an_abort_tells_the_other_end_why() -> None:
     await asyncio.gather(source.reap(), destination.reap())
 
 
-async def test_a_killed_enclave_is_heard_of() -> None:
-    enclave = await EnclaveProcess.start()
+async def test_a_killed_enclave_is_heard_of(launcher: EnclaveLauncher) -> None:
+    enclave = await launcher.start_enclave()
     enclave.kill()
     with pytest.raises(HostError, match=r"enclave\.died"):
         await enclave.next_message(20, "anything")
@@ -100,34 +106,13 @@ async def test_a_killed_enclave_is_heard_of() -> None:
     enclave.kill()  # harmless
 
 
-async def test_an_enclave_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_enclave_that_does_not_end_is_killed(
+    launcher: EnclaveLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(enclave_process, "_EXIT_WAIT_S", 0.05)
-    enclave = await EnclaveProcess.start()
+    enclave = await launcher.start_enclave()
     await enclave.reap()
     assert not os.path.exists(f"/proc/{enclave.pid}")
-
-
-async def test_a_start_that_fails_or_is_cancelled_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = open_descriptors()
-    monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    with pytest.raises(HostError, match="could not be started"):
-        await EnclaveProcess.start()
-    assert open_descriptors() == before
-
-    pairs: list[tuple[socket.socket, socket.socket]] = []
-
-    def remembered() -> tuple[socket.socket, socket.socket]:
-        pairs.append(socket_pair())
-        return pairs[-1]
-
-    async def cancelled(*_: Any, **__: Any) -> None:
-        raise asyncio.CancelledError
-
-    monkeypatch.setattr(enclave_process, "socket_pair", remembered)
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", cancelled)
-    with pytest.raises(asyncio.CancelledError):
-        await EnclaveProcess.start()
-    assert [end.fileno() for end in pairs[0]] == [-1, -1]
 
 
 # ---- an enclave played by the test
@@ -141,7 +126,7 @@ class Played:
         ours.setblocking(False)
         theirs.settimeout(5)
         self.enclave = CallSocket(theirs)
-        self.agent = EnclaveProcess(cast("asyncio.subprocess.Process", None), CallSocket(ours))
+        self.agent = EnclaveProcess(cast("Child", None), CallSocket(ours))
 
 
 @pytest.fixture

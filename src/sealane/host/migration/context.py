@@ -6,6 +6,7 @@ from sealane.crypto.aead import CIPHER_NAME
 from sealane.crypto.identity import Identity
 from sealane.host.config import Settings
 from sealane.host.jobs import Jobs
+from sealane.host.migration.enclave_launcher import EnclaveLauncher
 from sealane.host.peers import Peers
 from sealane.host.receipts.chain import Receipts
 from sealane.host.registry import Registry
@@ -27,3 +28,4 @@ class MigrationContext(Protocol):
     peers: Peers
     registry: Registry
     receipts: Receipts
+    launcher: EnclaveLauncher

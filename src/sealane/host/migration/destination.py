@@ -65,7 +65,7 @@ class Reception:
     async def meet(self, connection: socket.socket) -> Job:
         """Meet the peer and begin the job that it asks for; raises SealaneError, having told the peer."""
         try:
-            self._enclave = enclave = await EnclaveProcess.start()
+            self._enclave = enclave = await self._context.launcher.start_enclave()
         except BaseException:
             connection.close()
             raise

@@ -1,4 +1,4 @@
-"""The agent's side of one enclave: it starts the process, hands it descriptors, and hears what it says.
+"""The agent's side of one enclave: it hands it descriptors, hears what it says, and sees to its end.
 
 The agent sees counters and the agents' messages, never a key of a lane nor a byte of the VM.
 """
@@ -6,9 +6,8 @@ The agent sees counters and the agents' messages, never a key of a lane nor a by
 import asyncio
 import contextlib
 import socket
-import sys
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from sealane.enclave.interface import (
     Abort,
@@ -25,7 +24,6 @@ from sealane.enclave.interface import (
     PeerEstablished,
     PeerFinished,
     VmWanted,
-    socket_pair,
 )
 from sealane.errors import HostError, InternalError, PeerError, SealaneError, make_error
 from sealane.host.migration import messages
@@ -37,10 +35,20 @@ _MESSAGES_WAITING_MAX: Final = 16
 _OCALLS_WAITING_MAX: Final = 1000
 
 
+class Child(Protocol):
+    """A process to hold; `enclave_launcher.ChildProcess` in earnest."""
+
+    pid: int
+    exited: "asyncio.Future[int]"
+
+    def kill(self) -> None:
+        """End it at once; harmless when it has ended."""
+
+
 class EnclaveProcess:
     """One enclave; `wait` for what it must say, `abort` or `finish` it, and always `reap` it."""
 
-    def __init__(self, process: asyncio.subprocess.Process, calls: CallSocket) -> None:
+    def __init__(self, process: "Child", calls: CallSocket) -> None:
         loop = asyncio.get_running_loop()
         self._process, self._calls = process, calls
         self.established: asyncio.Future[PeerEstablished] = loop.create_future()
@@ -53,33 +61,6 @@ class EnclaveProcess:
         self.on_vm_wanted: Callable[[int], None] = lambda lane: None
         self._messages: asyncio.Queue[str] = asyncio.Queue(_MESSAGES_WAITING_MAX)
         loop.add_reader(calls.fileno(), self._on_readable)
-
-    @classmethod
-    async def start(cls) -> "EnclaveProcess":
-        """Start a process that waits for Begin; its environment is empty, its descriptors are one socket and stderr."""
-        ours, theirs = socket_pair()
-        ours.setblocking(False)
-        try:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-I",
-                "-m",
-                "sealane.enclave",
-                str(theirs.fileno()),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env={"LANG": "C.UTF-8"},
-            )
-        except OSError as error:
-            ours.close()
-            raise HostError("enclave.died", f"the enclave could not be started: {error.strerror}") from error
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        return cls(process, CallSocket(ours))
 
     @property
     def pid(self) -> int:
@@ -154,18 +135,16 @@ class EnclaveProcess:
         """Wait for the process's end, which `abort`, `finish` or a failure has begun; kill it if it does not come."""
         try:
             async with asyncio.timeout(_EXIT_WAIT_S):
-                await self._process.wait()
+                await asyncio.shield(self._process.exited)
         except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-            await self._process.wait()
+            self._process.kill()
+            await asyncio.shield(self._process.exited)
         finally:
             self._stop_listening()
 
     def kill(self) -> None:
         """End the process at once."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        self._process.kill()
 
     def _stop_listening(self) -> None:
         if self._calls.fileno() >= 0:

@@ -135,7 +135,7 @@ class SourceMigration(Job):
         self.update(detail=f"meeting {self._peer.name}")
         connection = await self._dial()
         try:
-            self._enclave = enclave = await EnclaveProcess.start()
+            self._enclave = enclave = await self._context.launcher.start_enclave()
         except BaseException:
             connection.close()
             raise

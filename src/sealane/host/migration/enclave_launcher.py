@@ -1,0 +1,194 @@
+"""The agent's side of the launcher: it starts it, asks it for enclaves, and holds each by a pidfd.
+
+Enclaves are the agent's own children (`sealane.enclave.forking`), so it alone ends and reaps them. A launcher that died
+is replaced at the next request; the enclaves it made go on.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from typing import Final
+
+import structlog
+
+from sealane.enclave.interface import CallSocket, socket_pair
+from sealane.enclave.launcher import FAILED, PACKET_MAX, REQUEST, STARTED
+from sealane.errors import HostError, SealaneError
+from sealane.host.migration.enclave_process import EnclaveProcess
+from sealane.limits import ENCLAVE_START_TIMEOUT_S
+
+_ATTEMPTS: Final = 2
+_END_WAIT_S: Final = 5.0
+
+
+class ChildProcess:
+    """A forked child held by its pidfd; `exited` is its wait status (os.waitstatus_to_exitcode), and it is reaped then."""
+
+    def __init__(self, pid: int, pidfd: int) -> None:
+        loop = asyncio.get_running_loop()
+        self.pid, self._pidfd = pid, pidfd
+        self.exited: asyncio.Future[int] = loop.create_future()
+        loop.add_reader(pidfd, self._on_exit)
+
+    def kill(self) -> None:
+        """End the process at once; harmless when it has ended."""
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def _on_exit(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        status = -1
+        with contextlib.suppress(ChildProcessError):
+            ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+            if ended is not None:
+                status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        os.close(self._pidfd)
+        self._pidfd = -1
+        if not self.exited.done():
+            self.exited.set_result(status)
+
+
+class EnclaveLauncher:
+    """`start` it early, `start_enclave` as often as wanted, `stop` it at the end."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._waiting: deque[asyncio.Future[ChildProcess]] = deque()
+
+    @property
+    def pid(self) -> int | None:
+        """The launcher's process, where there is one."""
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Start the launcher unless it is there; raises HostError `enclave.died`.
+
+        Its environment is empty, its descriptors are one socket and stderr. It loads its libraries meanwhile: requests wait.
+        """
+        if self._process is not None:
+            return
+        ours, theirs = socket_pair()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-m", "sealane.enclave", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={"LANG": "C.UTF-8"},
+            )
+        except OSError as error:
+            ours.close()
+            raise HostError("enclave.died", f"the launcher could not be started: {error.strerror}") from error
+        finally:
+            theirs.close()
+        ours.setblocking(False)
+        self._control = ours
+        asyncio.get_running_loop().add_reader(ours, self._on_readable)
+
+    async def start_enclave(self) -> EnclaveProcess:
+        """A fresh enclave that waits for Begin; raises HostError `enclave.died` or `enclave.slow`."""
+        ours, theirs = socket_pair()
+        ours.setblocking(False)
+        try:
+            return EnclaveProcess(await self._fork(theirs), CallSocket(ours))
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+
+    async def _fork(self, theirs: socket.socket) -> ChildProcess:
+        for attempt in range(_ATTEMPTS):
+            self.start()
+            answer: asyncio.Future[ChildProcess] = asyncio.get_running_loop().create_future()
+            try:
+                self._ask(theirs, answer)
+                async with asyncio.timeout(ENCLAVE_START_TIMEOUT_S):
+                    return await answer
+            except TimeoutError:
+                self._lose()
+                raise HostError("enclave.slow", f"no enclave within {ENCLAVE_START_TIMEOUT_S:.0f} s") from None
+            except _LauncherGone:
+                if attempt + 1 == _ATTEMPTS:
+                    raise HostError("enclave.died", "the launcher of enclaves ends as soon as it is started") from None
+        raise AssertionError  # the loop returns or raises
+
+    def _ask(self, theirs: socket.socket, answer: "asyncio.Future[ChildProcess]") -> None:
+        assert self._control is not None  # noqa: S101 - start made it
+        try:
+            socket.send_fds(self._control, [REQUEST], [theirs.fileno()])
+        except BlockingIOError:
+            raise HostError("enclave.slow", "the launcher takes no requests") from None
+        except OSError:
+            self._lose()
+            raise _LauncherGone from None
+        self._waiting.append(answer)
+
+    def _on_readable(self) -> None:
+        assert self._control is not None  # noqa: S101 - the reader is its
+        try:
+            packet, descriptors, _, _ = socket.recv_fds(self._control, PACKET_MAX, 1)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            packet, descriptors = b"", []
+        if packet.startswith(STARTED) and len(descriptors) == 1 and self._waiting:
+            os.set_inheritable(descriptors[0], False)
+            self._answer(ChildProcess(int(packet.removeprefix(STARTED)), descriptors[0]))
+        elif packet.startswith(FAILED) and self._waiting:
+            self._answer(HostError("enclave.died", packet.removeprefix(FAILED).decode(errors="replace")))
+        else:
+            self._lose()
+
+    def _answer(self, answer: ChildProcess | SealaneError) -> None:
+        waiting = self._waiting.popleft()
+        if isinstance(answer, SealaneError):
+            if not waiting.done():
+                waiting.set_exception(answer)
+        elif waiting.done():  # nobody waits for it any more
+            answer.kill()
+        else:
+            waiting.set_result(answer)
+
+    def _lose(self) -> None:
+        """The launcher ended, or is of no use: let those who wait try another."""
+        process, waiting = self._process, list(self._waiting)
+        if process is not None and process.poll() is None:
+            process.kill()
+        self._let_go()
+        if process is not None:
+            process.wait()
+            structlog.get_logger().warning("the launcher of enclaves ended", pid=process.pid, status=process.returncode)
+        for each in waiting:
+            if not each.done():
+                each.set_exception(_LauncherGone())
+
+    def _let_go(self) -> None:
+        if self._control is not None:
+            asyncio.get_running_loop().remove_reader(self._control)
+            self._control.close()
+        self._process = self._control = None
+        self._waiting.clear()
+
+    async def stop(self) -> None:
+        """End the launcher; enclaves that still run are their migrations' business."""
+        process = self._process
+        self._let_go()
+        if process is None:
+            return
+        try:
+            await asyncio.to_thread(process.wait, _END_WAIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            await asyncio.to_thread(process.wait)
+
+
+class _LauncherGone(Exception):
+    """The launcher ended before it answered."""
