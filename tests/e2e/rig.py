@@ -12,7 +12,7 @@ from sealane.enclave.launcher import ENCLAVE_NAME, LAUNCHER_NAME
 from sealane.errors import SealaneError
 from sealane.host.models import Migration, MigrationRequest, VmDefinition
 from sealane.testing.machine import Hardware, Workload
-from sealane.testing.pair import AgentHost, Guest, HostPair, make_pair
+from sealane.testing.pair import AgentHost, Guest, HostPair, make_pair, process_name
 from sealane.testing.wiretap import Tamper, Wiretap
 
 MIB = 1 << 20
@@ -142,12 +142,12 @@ class Rig:
         return found[0]
 
     def enclave_of(self, end: AgentHost) -> int:
-        found = [pid for pid in end.processes() if _name(pid) == ENCLAVE_NAME]
+        found = [pid for pid in end.processes() if process_name(pid) == ENCLAVE_NAME]
         assert len(found) == 1, found
         return found[0]
 
     def launcher_of(self, end: AgentHost) -> int:
-        found = [pid for pid in end.processes() if _name(pid) == LAUNCHER_NAME]
+        found = [pid for pid in end.processes() if process_name(pid) == LAUNCHER_NAME]
         assert len(found) == 1, found
         return found[0]
 
@@ -199,7 +199,7 @@ class Rig:
     def _untidy(self) -> list[str]:
         found = []
         for end, qemus in ((self.home, 1), (self.away, 0)):
-            launchers = [pid for pid in end.processes() if _name(pid) == LAUNCHER_NAME]
+            launchers = [pid for pid in end.processes() if process_name(pid) == LAUNCHER_NAME]
             words = sorted(_command(pid) for pid in end.processes() if pid not in launchers)
             machines = [each for each in words if "qemu-system" in each]
             agents = [each for each in words if "sealane.cli agent" in each]
@@ -230,12 +230,6 @@ class Rig:
 def _command(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:200] or f"zombie {pid}"
-    return "gone"
-
-
-def _name(pid: int) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
     return "gone"
 
 

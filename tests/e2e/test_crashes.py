@@ -30,8 +30,12 @@ def test_destination_enclave_killed(rig: Rig) -> None:
 
 def test_launchers_killed(rig: Rig) -> None:
     """Enclaves that are there go on, and the next migration finds new launchers."""
-    both = (rig.home, rig.away)
-    attempt = rig.attempt(during=lambda _: [kill(rig.launcher_of(end)) for end in both], at_bytes=MIDDLE, **SLOWLY)
+
+    def kill_both(_: Migration) -> None:
+        for end in (rig.home, rig.away):
+            kill(rig.launcher_of(end))
+
+    attempt = rig.attempt(during=kill_both, at_bytes=MIDDLE, **SLOWLY)
     rig.assert_arrived(attempt)
     rig.assert_arrived(rig.attempt())
 

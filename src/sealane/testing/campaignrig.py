@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from sealane.enclave.launcher import LAUNCHER_NAME
 from sealane.errors import SealaneError
 from sealane.host.models import Migration, MigrationRequest
 from sealane.session.handover import ENDED, State
 from sealane.testing.faultdirector import KILLS_QEMU, Attempt, FaultDirector, Injection, qemus_of
 from sealane.testing.machine import Hardware, Workload
-from sealane.testing.pair import AgentHost, Guest, HostPair, make_pair
+from sealane.testing.pair import AgentHost, Guest, HostPair, make_pair, process_name
 from sealane.testing.problems import RigError
 from sealane.testing.wiretap import Wiretap
 
@@ -248,7 +249,7 @@ class CampaignRig:
     def _helpers_left(self) -> list[str]:
         found = []
         for end in (self.home, self.away):
-            words = {pid: _command(pid) for pid in end.processes()}
+            words = {pid: _command(pid) for pid in end.processes() if process_name(pid) != LAUNCHER_NAME}
             others = [each for each in words.values() if "qemu-system" not in each and " agent --listen" not in each]
             if others:
                 found.append(f"{end.name} has processes left: {others}")

@@ -201,6 +201,13 @@ class HostPair:
         raise RigError(f"migration {migration} has not ended on {end.name}")
 
 
+def process_name(pid: int) -> str:
+    """What ps(1) calls the process: a launcher and its enclaves have one command line, but two names; "" where it is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+    return ""
+
+
 @contextmanager
 def make_pair(
     *,
