@@ -16,6 +16,7 @@ from sealane.testing.accel import Accel, choose_accel
 from sealane.testing.cache import build_once, cache_dir, forget_unused
 from sealane.testing.console import ConsoleLog
 from sealane.testing.guest.build import guest_initrd
+from sealane.testing.guest.files import Files, initrd_with_files
 from sealane.testing.problems import RigError
 from sealane.testing.qemu import QemuBinary, find_qemu
 from sealane.testing.qmp import Qmp
@@ -27,14 +28,26 @@ _UNIX_PATH_MAX = 107  # sockaddr_un.sun_path holds 108 bytes with the final zero
 
 @dataclass(frozen=True)
 class Workload:
-    """What the guest does; see `guest/worker.c` for each."""
+    """What the guest does; see `guest/worker.c` for each.
+
+    `files` are real files of this machine in the guest's page cache; freed memory is zeroed then, so that what the files
+    were unpacked from is not there twice.
+    """
 
     fill_mib: int = 8
-    fill: Literal["random", "text", "zero"] = "random"
+    fill: Literal["random", "text", "zero", "mixed"] = "random"
     rewrite_kib_per_s: int = 0
     tick_ms: int = 100
     check_all: int = 0
     canary: str = ""
+    touch_kib_per_s: int = 0
+    touch_mib: int = 0
+    files: Files | None = None
+
+    @property
+    def initrd(self) -> Path:
+        """The guest's initramfs."""
+        return guest_initrd() if self.files is None else initrd_with_files(self.files)
 
     def command_line(self) -> str:
         """The kernel's command line that asks for it."""
@@ -44,6 +57,12 @@ class Workload:
             f"sealane.rewrite_kib_per_s={self.rewrite_kib_per_s}",
             f"sealane.tick_ms={self.tick_ms} sealane.check_all={self.check_all}",
         ]
+        if self.touch_kib_per_s:
+            words.append(f"sealane.touch_kib_per_s={self.touch_kib_per_s}")
+        if self.touch_mib:
+            words.append(f"sealane.touch_mib={self.touch_mib}")
+        if self.files is not None:
+            words.append("init_on_free=1")
         if self.canary:
             words.append(f"sealane.canary_hex={self.canary.encode().hex()}")
         return " ".join(words)
@@ -137,7 +156,7 @@ class GuestMachine:
             *("-name", self.name, "-machine", self.hardware.machine, "-accel", "kvm" if kvm else "tcg"),
             *("-cpu", self.hardware.cpu or ("host" if kvm else "qemu64")),
             *("-smp", str(self.hardware.cpus), "-m", str(self.hardware.memory_mib)),
-            *("-kernel", str(packages.kernel()), "-initrd", str(guest_initrd())),
+            *("-kernel", str(packages.kernel()), "-initrd", str(self.workload.initrd)),
             *("-append", self.workload.command_line()),
         ]
 

@@ -32,13 +32,13 @@ def guest_initrd() -> Path:
 def _build(directory: Path, busybox: Path) -> None:
     archive = b"".join(
         (
-            *(_entry(name, mode=stat.S_IFDIR | 0o755) for name in ("bin", "dev", "proc", "sys", "tmp")),
+            *(newc_entry(name, mode=stat.S_IFDIR | 0o755) for name in ("bin", "dev", "proc", "sys", "tmp")),
             # the kernel opens it before devtmpfs is there; without it the init script could not print
-            _entry("dev/console", mode=stat.S_IFCHR | 0o600, device=(5, 1)),
-            _entry("init", mode=stat.S_IFREG | 0o755, data=(_HERE / "init").read_bytes()),
-            _entry("bin/busybox", mode=stat.S_IFREG | 0o755, data=busybox.read_bytes()),
-            _entry("bin/worker", mode=stat.S_IFREG | 0o755, data=_compile_worker()),
-            _entry("TRAILER!!!", mode=0),
+            newc_entry("dev/console", mode=stat.S_IFCHR | 0o600, device=(5, 1)),
+            newc_entry("init", mode=stat.S_IFREG | 0o755, data=(_HERE / "init").read_bytes()),
+            newc_entry("bin/busybox", mode=stat.S_IFREG | 0o755, data=busybox.read_bytes()),
+            newc_entry("bin/worker", mode=stat.S_IFREG | 0o755, data=_compile_worker()),
+            newc_entry("TRAILER!!!", mode=0),
         )
     )
     (directory / "initrd.gz").write_bytes(gzip.compress(archive, compresslevel=1, mtime=0))
@@ -62,7 +62,7 @@ def _compile_worker() -> bytes:
         return output.read_bytes()
 
 
-def _entry(name: str, *, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> bytes:
+def newc_entry(name: str, *, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> bytes:
     """One member of a newc archive (cpio(5)): thirteen fields of eight hex digits, name and data padded to four bytes.
 
     Inode numbers, times and owners are all zero, so that equal content gives equal archives.
@@ -70,8 +70,9 @@ def _entry(name: str, *, mode: int, data: bytes = b"", device: tuple[int, int] =
     encoded = name.encode() + b"\0"
     fields = (0, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(encoded), 0)
     header = b"070701" + b"".join(b"%08X" % field for field in fields)
-    return _padded(header + encoded) + _padded(data)
+    return padded(header + encoded) + padded(data)
 
 
-def _padded(data: bytes) -> bytes:
+def padded(data: bytes) -> bytes:
+    """Filled with zeros to a multiple of four bytes."""
     return data + bytes(-len(data) % 4)

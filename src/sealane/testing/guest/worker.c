@@ -5,8 +5,12 @@
  *
  * Configured on the kernel's command line:
  *   sealane.fill_mib=N            pages to hold (8)
- *   sealane.fill=random|text|zero what they hold: incompressible, compressible, nothing (random)
+ *   sealane.fill=random|text|zero|mixed
+ *                                 what they hold: incompressible, compressible, nothing, or of every eight pages two random,
+ *                                 three of text, two of records of pointers and small numbers and one of zeros (random)
  *   sealane.rewrite_kib_per_s=N   how fast to rewrite them (0)
+ *   sealane.touch_kib_per_s=N     how fast to write to pages what they hold already: dirty, and the same (0)
+ *   sealane.touch_mib=N           how many of the pages to touch, from the first (all)
  *   sealane.tick_ms=N             the pause between ticks (100)
  *   sealane.check_all=N           every N ticks check all pages, not just a few (0: never)
  *   sealane.canary_hex=HEX        a secret to keep on CANARY_PAGES pages; in hex, so that the command line, of which the
@@ -24,7 +28,7 @@
 #include <fcntl.h>
 
 enum { PAGE = 4096, WORDS = PAGE / 8, CANARY_PAGES = 256, CHECKED_PER_TICK = 16 };
-enum fill { FILL_RANDOM, FILL_TEXT, FILL_ZERO };
+enum fill { FILL_RANDOM, FILL_TEXT, FILL_ZERO, FILL_RECORDS, FILL_MIXED };
 
 static char command_line[8192];
 static enum fill fill_kind;
@@ -99,13 +103,27 @@ static void make_page(uint64_t *page, uint64_t index)
 		"a ship  ", "of lanes", "sails on", "the tide", "between ", "two port", "with its", "holds   ",
 		"sealed, ", "and each", "of them ", "is count", "ed twice", "before  ", "anchors ", "rise.\r\n ",
 	};
+	static const enum fill mixture[8] = {
+		FILL_RANDOM, FILL_TEXT, FILL_RECORDS, FILL_TEXT, FILL_ZERO, FILL_RECORDS, FILL_RANDOM, FILL_TEXT,
+	};
+	enum fill kind = fill_kind == FILL_MIXED ? mixture[index % 8] : fill_kind;
 	uint64_t state = seed(index, generations[index]);
 
-	if (fill_kind == FILL_ZERO) {
+	if (kind == FILL_ZERO) {
 		memset(page, 0, PAGE);
-	} else if (fill_kind == FILL_RANDOM) {
+	} else if (kind == FILL_RANDOM) {
 		for (int i = 0; i < WORDS; i++)
 			page[i] = next(&state);
+	} else if (kind == FILL_RECORDS) {
+		/* as a list's nodes lie in a heap: a pointer, a small number, nothing, a counter */
+		for (int i = 0; i < WORDS; i += 4) {
+			uint64_t word = next(&state);
+
+			page[i] = 0x00007f0000000000ULL | (word & 0xfffff8);
+			page[i + 1] = word >> 56;
+			page[i + 2] = 0;
+			page[i + 3] = index * WORDS + (uint64_t)i;
+		}
 	} else {
 		for (int i = 0; i < WORDS; i += 16) {
 			uint64_t picks = next(&state);
@@ -159,7 +177,10 @@ static void set_up(void)
 {
 	const char *value = option("sealane.fill");
 
-	fill_kind = value && !strcmp(value, "text") ? FILL_TEXT : value && !strcmp(value, "zero") ? FILL_ZERO : FILL_RANDOM;
+	fill_kind = !value ? FILL_RANDOM
+		: !strcmp(value, "text") ? FILL_TEXT
+		: !strcmp(value, "zero") ? FILL_ZERO
+		: !strcmp(value, "mixed") ? FILL_MIXED : FILL_RANDOM;
 	page_count = number("sealane.fill_mib", 8) * 256;
 	generations = allocate(page_count * sizeof *generations + 1);
 	pages = allocate(page_count * PAGE + 1);
@@ -207,9 +228,13 @@ static void run(void)
 {
 	uint64_t tick_ms = number("sealane.tick_ms", 100), check_all = number("sealane.check_all", 0);
 	uint64_t rewrite_bytes_per_s = number("sealane.rewrite_kib_per_s", 0) * 1024;
-	uint64_t checked = 0, rewritten = 0, owed_bytes_ms = 0;
+	uint64_t touch_bytes_per_s = number("sealane.touch_kib_per_s", 0) * 1024;
+	uint64_t touch_count = number("sealane.touch_mib", page_count / 256) * 256;
+	uint64_t checked = 0, rewritten = 0, owed_bytes_ms = 0, touched = 0, touch_bytes_ms = 0;
 	struct timespec due;
 
+	if (touch_count > page_count)
+		touch_count = page_count;
 	clock_gettime(CLOCK_MONOTONIC, &due);
 	for (uint64_t tick = 1;; tick++) {
 		say("tick %llu\n", tick, 0);
@@ -224,6 +249,12 @@ static void run(void)
 			check_page(index);
 			generations[index]++;
 			make_page(pages[index], index);
+		}
+		touch_bytes_ms += touch_bytes_per_s * tick_ms;
+		for (; touch_count && touch_bytes_ms >= PAGE * 1000; touch_bytes_ms -= PAGE * 1000) {
+			volatile uint64_t *word = pages[touched++ % touch_count];
+
+			*word = *word;
 		}
 		if (check_all && tick % check_all == 0)
 			check_all_pages();
