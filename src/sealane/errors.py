@@ -177,6 +177,10 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
             "the journal cannot be read or written", "look at the free space and the permissions of the state directory"
         ),
         "host.disk-full": Entry("no space is left for the journal", "free some space in the state directory", True),
+        "policy.broken": Entry(
+            "the policy cannot be read, and so it allows nothing",
+            "mend the file that is named; `sealane policy show` reads it again",
+        ),
         "host.permission": Entry("a file or socket is not accessible", "run as root, or give the agent's user access"),
         "host.port": Entry("the port cannot be opened", "is another agent running? choose another with --listen"),
         "vm.unreachable": Entry(
@@ -227,6 +231,14 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         "migration.over": Entry("the migration has ended already", "see `sealane status`"),
         "migration.too-late": Entry("the hand-over has begun and can no longer be cancelled", "wait for its end"),
         "migration.cancelled": Entry("the migration was cancelled", _HOST_RUNS),
+        "policy.denied": Entry(
+            "the policy does not allow this move",
+            "see `sealane policy check VM HOST` on the host that refused; its policy is in /etc/sealane/policy",
+        ),
+        "policy.level-too-low": Entry(
+            "the other host has not reached the trust level that the VM asks for",
+            "choose another host (`sealane hosts --for VM`), or bring that one to the level",
+        ),
         "receipt.unknown": Entry("no such receipt", "see `sealane receipts list`"),
         "check.vm-unknown": Entry(
             "the destination does not know the VM", "add it there: `sealane vm add NAME --qmp PATH --launch-incoming …`"

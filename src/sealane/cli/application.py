@@ -28,6 +28,8 @@ COMMANDS = (
     "status",
     "cancel",
     "receipts",
+    "hosts",
+    "policy",
     "doctor",
     "attest",
     "debug",

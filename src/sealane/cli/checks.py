@@ -21,6 +21,8 @@ from sealane.crypto.tls import library_version, offered_group
 from sealane.errors import SealaneError, make_error
 from sealane.host.config import Settings, load_settings, load_vms
 from sealane.host.models import Host
+from sealane.host.policy import load_policy
+from sealane.host.receipts.verify import verify_chain
 from sealane.limits import GIB, KIB, MIB
 from sealane.paths import Paths
 
@@ -168,6 +170,37 @@ def check_configuration(context: Context) -> Iterator[Finding]:
     present = [name for name in ("agent.toml", "vms.toml") if (config / name).exists()]
     told = f"{', '.join(present)} in {config}" if present else f"none in {config}: the defaults"
     yield Finding("configuration", "ok", f"{told}; {len(vms)} VMs from it" if vms else told)
+
+
+def check_policy(context: Context) -> Iterator[Finding]:
+    """Whether the policy can be read: one that cannot allows nothing."""
+    try:
+        policy = load_policy(context.paths.config)
+    except SealaneError as error:
+        yield Finding("policy", "broken", f"nothing is allowed: {error.detail}", error.mend)
+        return
+    if policy.source == "default":
+        yield Finding("policy", "ok", "the default: any VM, between hosts that trust each other, sealed")
+        return
+    names = ", ".join(name for name, _ in policy.texts)
+    if not any(each.effect == "permit" for each in policy.named):
+        yield Finding("policy", "warning", f"{names or 'no .cedar file'}: nothing is permitted", "add a permit")
+        return
+    yield Finding("policy", "ok", f"{names} ({len(policy.named) - 1} policies, sha256:{policy.digest[:12]}…)")
+
+
+def check_receipts(context: Context) -> Iterator[Finding]:
+    """Whether the receipts hold."""
+    try:
+        report = verify_chain(context.paths)
+    except SealaneError as error:
+        yield Finding("receipts", "warning", error.detail, error.mend)
+        return
+    if report.problems:
+        more = f", and {len(report.problems) - 1} more" if len(report.problems) > 1 else ""
+        yield Finding("receipts", "warning", f"{report.problems[0].words}{more}", "see `sealane receipts verify`")
+        return
+    yield Finding("receipts", "ok", f"{len(report.items)}, each in its place" if report.items else "none yet")
 
 
 def check_agent(context: Context) -> Iterator[Finding]:
@@ -350,5 +383,7 @@ CHECKS: Final[dict[str, Check]] = {
     "free space": check_space,
     "clock": check_clock,
     "configuration": check_configuration,
+    "policy": check_policy,
+    "receipts": check_receipts,
     "agent": check_agent,
 }

@@ -10,7 +10,19 @@ import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from sealane.errors import ControlError, HostError, InternalError, SealaneError, make_error
-from sealane.host.models import Event, Host, Migration, MigrationRequest, Peer, Problem, Vm, VmDefinition
+from sealane.host.models import (
+    Event,
+    Host,
+    Migration,
+    MigrationRequest,
+    Peer,
+    PeerView,
+    PolicyAnswer,
+    PolicyQuestion,
+    Problem,
+    Vm,
+    VmDefinition,
+)
 from sealane.paths import Paths
 
 # Answers wait for QEMU at times (`limits.QMP_TIMEOUT_S`) and, when a migration is asked for, for nothing else.
@@ -21,6 +33,7 @@ Answer = TypeVar("Answer", bound=BaseModel)
 
 _VMS: Final = TypeAdapter(list[Vm])
 _PEERS: Final = TypeAdapter(list[Peer])
+_HOSTS: Final = TypeAdapter(list[PeerView])
 _MIGRATIONS: Final = TypeAdapter(list[Migration])
 
 
@@ -78,6 +91,14 @@ class AgentClient:
     def remove_peer(self, name: str) -> None:
         """Trust a host no longer; raises `trust.unknown`."""
         self._ask("DELETE", f"/v1/peers/{_segment(name)}")
+
+    def check_policy(self, question: PolicyQuestion) -> PolicyAnswer:
+        """What the agent's policy says to a move; raises `vm.unknown`, `trust.unknown`, `policy.broken`."""
+        return self._one(PolicyAnswer, "POST", "/v1/policy/check", question)
+
+    def hosts(self, vm: str | None = None) -> list[PeerView]:
+        """The trusted hosts with what was last seen of them; with a VM, whether it might go there."""
+        return _parsed(_HOSTS, self._ask("GET", "/v1/hosts", query=None if vm is None else {"vm": vm}))
 
     def start_migration(self, request: MigrationRequest) -> Migration:
         """Have the agent start a migration; it goes on without this client."""

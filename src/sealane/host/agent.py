@@ -19,6 +19,7 @@ import sealane
 from sealane.crypto.identity import load_identity
 from sealane.errors import SealaneError, make_error
 from sealane.host.api import create_app
+from sealane.host.callers import CallerProtocol, caller_called
 from sealane.host.config import VMS_FILE, Settings
 from sealane.host.jobs import Job, Jobs
 from sealane.host.listener import PeerListener
@@ -26,9 +27,20 @@ from sealane.host.logs import configure_logs
 from sealane.host.migration.dialling import remove_socket_directories
 from sealane.host.migration.enclave_launcher import EnclaveLauncher
 from sealane.host.migration.source import SourceMigration
-from sealane.host.models import Host, Migration, MigrationRequest, Peer, VmDefinition
+from sealane.host.models import (
+    Host,
+    Migration,
+    MigrationRequest,
+    Peer,
+    PeerTrust,
+    PeerView,
+    PolicyAnswer,
+    PolicyQuestion,
+    VmDefinition,
+)
 from sealane.host.notify import notify
 from sealane.host.peers import Peers
+from sealane.host.policy import UNKNOWN_CALLER, Caller, Move, load_policy
 from sealane.host.receipts.chain import Receipts
 from sealane.host.recovery import Recovery
 from sealane.host.registry import Registry
@@ -100,7 +112,7 @@ class Agent:
             migrations_active=self.jobs.active_count,
         )
 
-    async def begin_migration(self, request: MigrationRequest) -> Migration:
+    async def begin_migration(self, request: MigrationRequest, caller: Caller = UNKNOWN_CALLER) -> Migration:
         """Begin to move a VM away. Raises `vm.unknown`, `trust.unknown`, `trust.no-address`, and what `Jobs.begin` does."""
         vm = self.registry.get(request.vm)
         peer = self.peers.get(request.host)
@@ -112,8 +124,44 @@ class Agent:
             role="source",
             peer=peer.name,
             qmp=vm.qmp,
+            requested_by=caller.name,
         )
         return job.migration
+
+    def check_policy(self, question: PolicyQuestion, caller: Caller) -> PolicyAnswer:
+        """What this host's policy says to a move; raises `vm.unknown`, `trust.unknown`, `policy.broken`."""
+        vm, peer = self.registry.get(question.vm), self.peers.get(question.host)
+        trust = self.store.sightings().get(peer.fingerprint) or PeerTrust()
+        if question.level is not None:
+            trust = PeerTrust(level=question.level, production_level=question.level, root="as asked")
+        if question.user is not None:
+            caller = caller_called(question.user)
+        move = Move(question.direction, vm, peer.name, peer.fingerprint, trust, question.protection, caller)
+        return PolicyAnswer(
+            decision=load_policy(self.paths.config).decide(move),
+            vm=vm.name,
+            host=peer.name,
+            direction=question.direction,
+            protection=question.protection,
+            least_level=vm.least_level,
+            user=caller.name if question.direction == "send" else None,
+            trust=trust,
+        )
+
+    def hosts(self, vm: str | None, caller: Caller) -> list[PeerView]:
+        """The trusted hosts with what was last seen of them; with a VM, whether it might go there."""
+        seen = self.store.sightings()
+        found = []
+        for peer in self.peers.list():
+            answer = None if vm is None else self.check_policy(PolicyQuestion(vm=vm, host=peer.name), caller)
+            found.append(
+                PeerView(
+                    **peer.model_dump(),
+                    trust=seen.get(peer.fingerprint) or PeerTrust(),
+                    decision=None if answer is None else answer.decision,
+                )
+            )
+        return found
 
     # Life
 
@@ -156,6 +204,7 @@ class Agent:
             uvicorn.Config(
                 create_app(self),
                 lifespan="off",
+                http=CallerProtocol,
                 log_config=None,
                 access_log=False,
                 server_header=False,

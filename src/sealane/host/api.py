@@ -1,5 +1,6 @@
 """The agent's REST interface, on a unix socket. Every answer that is not 2xx is a `Problem`."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, Final, Protocol
 
@@ -11,9 +12,23 @@ from starlette.exceptions import HTTPException
 
 import sealane
 from sealane.errors import SealaneError, UsageError
+from sealane.host.callers import caller_of_uid
 from sealane.host.jobs import Jobs
-from sealane.host.models import Event, Host, Migration, MigrationRequest, Peer, Problem, Vm, VmDefinition
+from sealane.host.models import (
+    Event,
+    Host,
+    Migration,
+    MigrationRequest,
+    Peer,
+    PeerView,
+    PolicyAnswer,
+    PolicyQuestion,
+    Problem,
+    Vm,
+    VmDefinition,
+)
 from sealane.host.peers import Peers
+from sealane.host.policy import UNKNOWN_CALLER, Caller
 from sealane.host.problems import MEDIA_TYPE, problem_of
 from sealane.host.registry import Registry
 
@@ -27,6 +42,7 @@ _TAGS: Final = [
     {"name": "host", "description": "Who this agent is."},
     {"name": "vms", "description": "The VMs of this host and their states."},
     {"name": "peers", "description": "The hosts whose certificates are trusted."},
+    {"name": "policy", "description": "What the policy would say, and what is known of the hosts."},
     {"name": "migrations", "description": "Migrations, in both directions: begin, watch, cancel, look back."},
 ]
 
@@ -41,8 +57,14 @@ class ApiAgent(Protocol):
     def describe(self) -> Host:
         """Who this agent is."""
 
-    async def begin_migration(self, request: MigrationRequest) -> Migration:
+    async def begin_migration(self, request: MigrationRequest, caller: Caller = UNKNOWN_CALLER) -> Migration:
         """Begin to move a VM away."""
+
+    def check_policy(self, question: PolicyQuestion, caller: Caller) -> PolicyAnswer:
+        """What the policy would say."""
+
+    def hosts(self, vm: str | None, caller: Caller) -> list[PeerView]:
+        """The trusted hosts, and whether the policy would let a VM go there."""
 
 
 def _problem_response(problem: Problem) -> JSONResponse:
@@ -104,6 +126,7 @@ def create_app(agent: ApiAgent) -> FastAPI:
     _add_host(app, agent)
     _add_vms(app, agent)
     _add_peers(app, agent)
+    _add_policy(app, agent)
     _add_migrations(app, agent)
     _describe_problem(app)
     return app
@@ -175,11 +198,31 @@ def _add_peers(app: FastAPI, agent: ApiAgent) -> None:
         agent.peers.remove(name)
 
 
+def _add_policy(app: FastAPI, agent: ApiAgent) -> None:
+    @app.post("/v1/policy/check", tags=["policy"], summary="Would it be allowed?")
+    async def check_policy(question: PolicyQuestion, http: Request) -> PolicyAnswer:
+        """What this host's policy says to a move, and why. Nothing is moved, and the other host is not asked."""
+        return agent.check_policy(question, await _caller(http))
+
+    @app.get("/v1/hosts", tags=["policy"], summary="Trusted hosts and their levels")
+    async def list_hosts(
+        http: Request, vm: Annotated[str | None, Query(description="Whether this VM might go there.")] = None
+    ) -> list[PeerView]:
+        """All trusted hosts with what was last seen of them."""
+        return agent.hosts(vm, await _caller(http))
+
+
+async def _caller(request: Request) -> Caller:
+    """Who asks; the user database may be slow, and is asked in a thread."""
+    uid = getattr(request.state, "caller_uid", None)
+    return UNKNOWN_CALLER if uid is None else await asyncio.to_thread(caller_of_uid, uid)
+
+
 def _add_migrations(app: FastAPI, agent: ApiAgent) -> None:
     @app.post("/v1/migrations", tags=["migrations"], summary="Move a VM", status_code=202)
-    async def begin_migration(request: MigrationRequest) -> Migration:
+    async def begin_migration(request: MigrationRequest, http: Request) -> Migration:
         """Begin to move a VM; how it goes on is told by its events."""
-        return await agent.begin_migration(request)
+        return await agent.begin_migration(request, await _caller(http))
 
     @app.get("/v1/migrations", tags=["migrations"], summary="Migrations, the newest first")
     async def list_migrations(

@@ -161,6 +161,41 @@ class PolicyDecision(Model):
     code: str | None = None
 
 
+class PolicyQuestion(Model):
+    """Would this move be allowed? `level` and `user` in place of what is known; `receive`: from the host, not to it."""
+
+    vm: Name
+    host: Name
+    direction: Literal["send", "receive"] = "send"
+    protection: str = "sealed"
+    level: Annotated[int, Field(ge=0, le=4)] | None = None
+    user: str | None = None
+
+
+class PolicyAnswer(Model):
+    """The decision, and what it was made from."""
+
+    decision: PolicyDecision
+    vm: Name
+    host: Name
+    direction: Literal["send", "receive"]
+    protection: str
+    least_level: int
+    user: str | None
+    trust: PeerTrust
+
+
+class PeerView(Model):
+    """A trusted host, what was last seen of it, and, where a VM was named, whether the policy would let it go there."""
+
+    name: Name
+    fingerprint: Fingerprint
+    address: str | None = None
+    port: int | None = None
+    trust: PeerTrust
+    decision: PolicyDecision | None = None
+
+
 class Migration(Model):
     """One migration as one host sees it. `receipt` is the number of its receipt here, `peer_receipt` the digest of the
     other end's, `stream_digest` that of all records of all lanes."""

@@ -28,6 +28,7 @@ from sealane.host.migration.checks import (
 from sealane.host.migration.context import LANE_CIPHER, PROTECTION, MigrationContext
 from sealane.host.migration.dialling import SocketDirectory, dial_vm
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
+from sealane.host.migration.gate import pass_gate
 from sealane.host.migration.receipt_exchange import give_copy, take_copy
 from sealane.host.models import Migration, Progress, Result, VmDefinition
 from sealane.host.problems import problem_of
@@ -51,6 +52,8 @@ _TICKET_WAIT_S: Final = LOADED_TIMEOUT_S
 _GOODBYE_WAIT_S: Final = 5.0
 # An enclave that closed the lanes says at once why; the source waits longer for our word than we for its.
 _REASON_WAIT_S: Final = 0.7
+# What a migration is called here whose source ended it before it had said which VM it is.
+UNNAMED: Final = "unnamed"
 
 
 class Reception:
@@ -72,20 +75,21 @@ class Reception:
         try:
             met = await self._handshake(enclave, connection)
             self.is_proven = True
-            prepare = await enclave.expect(messages.Prepare, CHANNEL_ANSWER_TIMEOUT_S)
-            return self._begin_or_refuse(enclave, met, prepare)
+            return await self._asked(enclave, met)
         except BaseException as error:
             await uninterrupted(_turn_away(enclave, error))
             raise
 
-    def _begin_or_refuse(self, enclave: EnclaveProcess, met: PeerEstablished, prepare: messages.Prepare) -> Job:
-        """The job; what refuses it before it is one leaves a journal entry and a receipt too."""
+    async def _asked(self, enclave: EnclaveProcess, met: PeerEstablished) -> Job:
+        """The job that the peer asks for. A known peer's wish leaves a journal entry and a receipt, whatever refuses it."""
+        vm = UNNAMED
         try:
+            prepare = await enclave.expect(messages.Prepare, CHANNEL_ANSWER_TIMEOUT_S)
+            vm = prepare.vm
             return self._begin_job(enclave, met, prepare)
-        except ControlError as error:
-            self._context.jobs.refuse(
-                error, vm=prepare.vm, role="destination", peer=met.peer_name, id=self._id, **channel_facts(met)
-            )
+        except SealaneError as error:
+            facts = channel_facts(met)
+            self._context.jobs.refuse(error, vm=vm, role="destination", peer=met.peer_name, id=self._id, **facts)
             raise
 
     async def _handshake(self, enclave: EnclaveProcess, connection: socket.socket) -> PeerEstablished:
@@ -169,7 +173,7 @@ class DestinationMigration(Job):
     ) -> None:
         super().__init__(context.store, migration.model_copy(update=channel_facts(met)))
         self._context, self._reception, self._enclave = context, reception, enclave
-        self._prepare, self._vm = prepare, vm
+        self._met, self._prepare, self._vm = met, prepare, vm
         self._handover = Handover(Role.DESTINATION)
         self._launched: LaunchedMachine | None = None
         self._log_path = context.paths.state / "log" / f"{vm.name}.log"
@@ -193,6 +197,7 @@ class DestinationMigration(Job):
             await uninterrupted(self._enclave.reap())
 
     async def _receive(self, directory: Path) -> None:
+        await pass_gate(self, self._context, self._met, self._vm, "receive")
         await self._launch(directory)
         async with QmpMachine.connect(self._vm.qmp, self._context.settings.limits.qmp_timeout_s) as qemu:
             path = directory / "in.sock"

@@ -28,6 +28,7 @@ from sealane.host.migration.checks import check_source
 from sealane.host.migration.context import LANE_CIPHER, MigrationContext
 from sealane.host.migration.dialling import SocketDirectory, dial_peer, listen_for_vm
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
+from sealane.host.migration.gate import pass_gate
 from sealane.host.migration.receipt_exchange import give_copy, take_copy
 from sealane.host.models import Migration, MigrationRequest, Peer, Progress, Result, VmDefinition
 from sealane.host.problems import problem_of
@@ -160,6 +161,7 @@ class SourceMigration(Job):
             cipher=LANE_CIPHER,
             peer_fingerprint=met.peer_fingerprint,
         )
+        await pass_gate(self, self._context, met, self._vm, "send")
         return enclave
 
     async def _prepare(self, enclave: EnclaveProcess, vm: VmDescription) -> messages.Prepared:
