@@ -15,7 +15,7 @@ import sealane
 from sealane.cli import migrate as migrate_command
 from sealane.cli.screen import fitting
 from sealane.errors import CATALOGUE, family_of, make_error
-from sealane.host.models import Progress
+from sealane.host.models import NotSent, Progress
 from tests.cli.conftest import Run, Spawn
 from tests.cli.stand_in import CHANNEL, StandIn, completed, copying, failed, state
 
@@ -64,6 +64,7 @@ def test_options_reach_the_agent(agent: StandIn, run: Run) -> None:
         "50",
         "--switchover-hook",
         "sync 'a b'",
+        "--no-reduce",
     )
     assert run("migrate", "web01", "host-b", *options).exit_code == 0
     (request,) = agent.requests
@@ -71,6 +72,21 @@ def test_options_reach_the_agent(agent: StandIn, run: Run) -> None:
     assert request.max_bandwidth_bytes_per_s == 1_250_000_000
     assert request.downtime_limit_ms == 50
     assert request.switchover_hook == ["sync", "a b"]
+    assert request.reduce is False
+
+
+def test_what_was_not_sent_is_told_with_its_reasons(agent: StandIn, run: Run) -> None:
+    end = completed()
+    assert end.migration.result is not None
+    saved = NotSent(zero_bytes=900_000_000, same_bytes=400_000_000, zstd_bytes=300_000_000)
+    result = end.migration.result.model_copy(update={"not_sent": saved})
+    agent.script = [
+        copying(),
+        end.model_copy(update={"migration": end.migration.model_copy(update={"result": result})}),
+    ]
+    line = run("migrate", "web01", "host-b").stdout.splitlines()[-1]
+    assert "1.6 GB not sent (zero 900 MB, same 400 MB, zstd 300 MB)" in line
+    assert agent.requests[0].reduce is True
 
 
 def test_no_multifd_is_zero_channels(agent: StandIn, run: Run) -> None:

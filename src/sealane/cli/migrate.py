@@ -55,6 +55,10 @@ def migrate(  # noqa: PLR0913 - one parameter for each option
         str | None,
         typer.Option("--switchover-hook", metavar="CMD", help="Run when the VM is paused; its failure stops the move."),
     ] = None,
+    no_reduce: Annotated[
+        bool,
+        typer.Option("--no-reduce", help="Send every byte as it is, also over a line that is slower than this host."),
+    ] = False,
     detach: Annotated[
         bool, typer.Option("--detach", help="Return when the agent has begun; see `sealane status`.")
     ] = False,
@@ -80,6 +84,7 @@ def migrate(  # noqa: PLR0913 - one parameter for each option
             max_bandwidth_bytes_per_s=None if max_bandwidth is None else words.parse_rate(max_bandwidth),
             downtime_limit_ms=downtime_limit,
             switchover_hook=None if switchover_hook is None else _hook(switchover_hook),
+            reduce=not no_reduce,
         )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]

@@ -1,7 +1,7 @@
 """A migration in words: where its VM runs, how far it came, how it ended."""
 
 from sealane.cli import format as words
-from sealane.host.models import Migration, Problem
+from sealane.host.models import Migration, NotSent, Problem
 
 ENDED = frozenset({"completed", "aborted"})
 
@@ -128,4 +128,13 @@ def success_parts(migration: Migration) -> list[str]:
             parts.append(f"{words.duration(result.downtime_ms / 1000)} down")
         parts.append(f"{words.network_bytes(result.bytes_wire)} on the wire")
     parts += [part for part in (migration.kex_group, migration.cipher) if part]
+    if result is not None:
+        parts += not_sent_parts(result.not_sent)
     return parts
+
+
+def not_sent_parts(not_sent: NotSent) -> list[str]:
+    """What did not cross the wire and why; nothing where everything did."""
+    by_reason = {"zero": not_sent.zero_bytes, "same": not_sent.same_bytes, "zstd": not_sent.zstd_bytes}
+    reasons = ", ".join(f"{name} {words.network_bytes(count)}" for name, count in by_reason.items() if count > 0)
+    return [f"{words.network_bytes(sum(by_reason.values()))} not sent ({reasons})"] if reasons else []

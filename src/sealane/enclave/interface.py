@@ -45,7 +45,12 @@ class Begin:
 
 @dataclass(frozen=True)
 class OpenLanes:
-    """Source: descriptors are the listener that QEMU will dial, then one connection a lane, lane 0 first."""
+    """Source: descriptors are the listener that QEMU will dial, then one connection a lane, lane 0 first.
+
+    `reduce`: where the line is the bottleneck, send fewer bytes (`seal.reduce`, `seal.compression`).
+    """
+
+    reduce: bool = True
 
 
 @dataclass(frozen=True)
@@ -128,22 +133,30 @@ class VmWanted:
 
 @dataclass(frozen=True)
 class Counters:
-    """Bytes so far, over all lanes: on the wire (records, both directions) and of plaintext."""
+    """Bytes so far, over all lanes: on the wire (records, both directions), of QEMU's at this end, and (source) of those
+    that were not sent: zero pages, pages that the destination had, and what zstd took off the rest."""
 
     wire_bytes: int
     plaintext_bytes: int
+    zero_bytes: int = 0
+    same_bytes: int = 0
+    compressed_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class LanesClosed:
     """Every lane was closed by both ends; `digest` covers every record of both directions (SHA-256, hexadecimal).
 
-    `cpu_s` is what this process has used so far (getrusage(2)), `peak_rss_bytes` the most memory it held.
+    `cpu_s` is what this process has used so far (getrusage(2)), `peak_rss_bytes` the most memory it held; the others are
+    those of Counters.
     """
 
     digest: str
     wire_bytes: int
     plaintext_bytes: int
+    zero_bytes: int = 0
+    same_bytes: int = 0
+    compressed_bytes: int = 0
     cpu_s: float = 0.0
     peak_rss_bytes: int = 0
 

@@ -3,6 +3,8 @@
     outbound   QEMU --recv_into--> frame --seal in place--> TCP        what has come goes out at once
     inbound    TCP --recv_into--> frame --open in place--> QEMU        only authentic, in-order plaintext
 
+A source that may reduce what it sends has `outbound.Outbound` for its first half.
+
 Bounded by one record a direction: a slow reader stops the sender, and so QEMU. Threads tell what happened by `post`;
 nothing here decides what it means for the migration.
 """
@@ -14,9 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from sealane.enclave.outbound import Outbound, Saved
 from sealane.errors import PeerError, SealaneError, make_error
-from sealane.seal.keys import Direction, LaneKeys
-from sealane.seal.records import DataReceived, LaneClosed, LaneOpened, RecordReader, RecordSealer
+from sealane.seal.compression import RecordDecompressor
+from sealane.seal.effort import Effort
+from sealane.seal.keys import Direction, LaneKeys, derive_digest_key
+from sealane.seal.records import Coding, DataReceived, LaneClosed, LaneOpened, RecordReader, RecordSealer
+from sealane.seal.reduce import LaneReducer
+from sealane.seal.seen import PagesSeen
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,19 @@ class Broken:
 Event: TypeAlias = Opened | Wanted | Closed | Broken
 
 
+class Reduction:
+    """What the lanes of one source share to send less."""
+
+    def __init__(self, lanes: int, migration_secret: bytes) -> None:
+        self._lanes = lanes
+        self._seen = PagesSeen(lanes)
+        self._key = derive_digest_key(migration_secret)
+
+    def of(self, lane: int) -> tuple[LaneReducer, Effort]:
+        """One lane's part."""
+        return LaneReducer(self._seen, lane, self._key), Effort(self._lanes)
+
+
 class Lane:
     """One lane at one end; `start` it, `attach` QEMU to it, `abort` it at any time."""
 
@@ -62,6 +82,7 @@ class Lane:
         is_source: bool,
         migration_secret: bytes,
         post: Callable[[Event], None],
+        reduction: Reduction | None = None,
     ) -> None:
         away, back = (
             (Direction.TO_DESTINATION, Direction.TO_SOURCE)
@@ -73,6 +94,9 @@ class Lane:
         self._connection = connection
         self._sealer = RecordSealer(LaneKeys(migration_secret, lane=index, direction=away))
         self._reader = RecordReader(LaneKeys(migration_secret, lane=index, direction=back))
+        self._reduction = reduction
+        self._outbound_pump: Outbound | None = None
+        self._decompressor: RecordDecompressor | None = None
         self._post = post
         self._vm: socket.socket | None = None
         self._attached = threading.Event()
@@ -81,7 +105,8 @@ class Lane:
         self._aborted = False
         self._vm_closed = False
         self._threads: list[threading.Thread] = []
-        self.wire_bytes = 0
+        self._wire_bytes = 0
+        self._vm_bytes = 0
 
     def start(self, preface: bytes = b"") -> None:
         """Begin the opening handshake: a source speaks first (after its preface), a destination answers."""
@@ -115,9 +140,19 @@ class Lane:
                 end.close()
 
     @property
+    def wire_bytes(self) -> int:
+        """Bytes of records, both directions."""
+        return self._wire_bytes + (self._outbound_pump.wire_bytes if self._outbound_pump else 0)
+
+    @property
     def plaintext_bytes(self) -> int:
-        """Bytes of QEMU's, both directions."""
-        return self._sealer.plaintext_bytes + self._reader.plaintext_bytes
+        """Bytes of QEMU's at this end, both directions."""
+        return self._vm_bytes + (self._outbound_pump.vm_bytes if self._outbound_pump else 0)
+
+    @property
+    def saved(self) -> Saved:
+        """Bytes of QEMU's that were not sent."""
+        return self._outbound_pump.saved if self._outbound_pump else Saved()
 
     @property
     def digests(self) -> bytes:
@@ -150,22 +185,30 @@ class Lane:
 
     def _outbound(self) -> None:
         assert self._vm is not None  # noqa: S101 - attach set it; for the type checker
-        payload, receive = self._sealer.payload, self._vm.recv_into
+        if self._reduction is None:
+            self._pump_as_it_is(self._vm)
+        else:
+            self._outbound_pump = Outbound(self._vm, self._connection, self._sealer, *self._reduction.of(self.index))
+            self._outbound_pump.run()
+        self._vm_closed = True
+        if not self._aborted:
+            self._connection.sendall(self._sealer.close_lane())
+            self._connection.shutdown(socket.SHUT_WR)
+
+    def _pump_as_it_is(self, vm: socket.socket) -> None:
+        payload, receive = self._sealer.payload, vm.recv_into
         seal, send = self._sealer.seal_data, self._connection.sendall
         while True:
             try:
                 count = receive(payload)
             except ConnectionResetError:
-                count = 0
+                return
             if not count:
-                break
+                return
             record = seal(count)
             send(record)
-            self.wire_bytes += len(record)
-        self._vm_closed = True
-        if not self._aborted:
-            send(self._sealer.close_lane())
-            self._connection.shutdown(socket.SHUT_WR)
+            self._wire_bytes += len(record)
+            self._vm_bytes += count
 
     def _inbound(self) -> None:
         reader, receive = self._reader, self._connection.recv_into
@@ -174,10 +217,10 @@ class Lane:
             if not count:
                 reader.ended()
                 return
-            self.wire_bytes += count
+            self._wire_bytes += count
             event = reader.filled(count)
             if isinstance(event, DataReceived):
-                self._deliver(event.data)
+                self._deliver(event.data if event.coding is Coding.PLAIN else self._decompress(event))
             elif isinstance(event, LaneOpened):
                 self._opened()
             elif isinstance(event, LaneClosed):
@@ -188,7 +231,13 @@ class Lane:
             self._connection.sendall(self._sealer.open_lane())
         self._post(Opened(self.index))
 
+    def _decompress(self, event: DataReceived) -> memoryview:
+        if self._decompressor is None:
+            self._decompressor = RecordDecompressor()
+        return self._decompressor.decompress(event.data, begins=event.coding is Coding.ZSTD_BEGUN)
+
     def _deliver(self, data: memoryview) -> None:
+        self._vm_bytes += len(data)
         if self._vm is None:
             self._post(Wanted(self.index))
             self._attached.wait()

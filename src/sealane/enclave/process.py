@@ -76,6 +76,7 @@ class Enclave:
         self._listener: socket.socket | None = None
         self._dialled = 0
         self._lanes: dict[int, lanes.Lane] = {}
+        self._reduction: lanes.Reduction | None = None
         self._expected = 0
         self._opened: set[int] = set()
         self._closed: set[int] = set()
@@ -131,7 +132,7 @@ class Enclave:
             case SendMessage():
                 self._need_channel().send_message(call.payload.encode())
             case OpenLanes():
-                self._open_lanes(*sockets)
+                self._open_lanes(call.reduce, *sockets)
             case ExpectLanes():
                 self._expect_lanes(call.count)
             case AcceptLane():
@@ -245,12 +246,14 @@ class Enclave:
         secret = self._need_channel().migration_secret()
         self._tell(LaneTokens({lane_token(secret, lane).hex(): str(lane) for lane in range(count)}))
 
-    def _open_lanes(self, listener: socket.socket, *connections: socket.socket) -> None:
+    def _open_lanes(self, reduce: bool, listener: socket.socket, *connections: socket.socket) -> None:
         self._listener = listener
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ, self._on_vm_dialled)
         self._expected = len(connections)
         secret = self._need_channel().migration_secret()
+        if reduce:
+            self._reduction = lanes.Reduction(len(connections), secret)
         for index, connection in enumerate(connections):
             preface = encode_preface(Preface(ConnectionKind.LANE, lane_token(secret, index), index))
             self._add_lane(index, connection).start(preface)
@@ -265,6 +268,7 @@ class Enclave:
             is_source=self._is_source,
             migration_secret=self._need_channel().migration_secret(),
             post=self._post,
+            reduction=self._reduction,
         )
         self._lanes[index] = lane
         return lane
@@ -316,9 +320,17 @@ class Enclave:
     def _digest(self) -> str:
         return hashlib.sha256(b"".join(self._lanes[index].digests for index in sorted(self._lanes))).hexdigest()
 
-    def _count(self) -> tuple[int, int]:
+    def _count(self) -> tuple[int, int, int, int, int]:
+        """Counters' fields, in their order."""
         every = self._lanes.values()
-        return sum(lane.wire_bytes for lane in every), sum(lane.plaintext_bytes for lane in every)
+        saved = [lane.saved for lane in every]
+        return (
+            sum(lane.wire_bytes for lane in every),
+            sum(lane.plaintext_bytes for lane in every),
+            sum(one.zero for one in saved),
+            sum(one.same for one in saved),
+            sum(one.compressed for one in saved),
+        )
 
     # ---- the end
 

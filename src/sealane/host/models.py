@@ -103,6 +103,16 @@ class MigrationRequest(Model):
     max_bandwidth_bytes_per_s: Annotated[int, Field(ge=0)] | None = None
     downtime_limit_ms: Annotated[int, Field(ge=1, le=2_000_000)] | None = None
     switchover_hook: list[str] | None = None
+    reduce: bool = True
+
+
+class NotSent(Model):
+    """Bytes of QEMU's that did not cross the wire: pages of zeros, pages whose content the destination had, and what zstd
+    took off the rest. All of it is 0 where the line was no bottleneck."""
+
+    zero_bytes: int = 0
+    same_bytes: int = 0
+    zstd_bytes: int = 0
 
 
 class Progress(Model):
@@ -112,6 +122,7 @@ class Progress(Model):
     bytes_remaining: int = 0
     bytes_transferred: int = 0
     bytes_wire: int = 0
+    not_sent: NotSent = NotSent()
     rate_bytes_per_s: float | None = None
     dirty_rate_bytes_per_s: float | None = None
     iteration: int = 0
@@ -127,6 +138,7 @@ class Result(Model):
     copy_ms: float | None = None
     downtime_ms: float | None = None
     bytes_wire: int = 0
+    not_sent: NotSent = NotSent()
     enclave_cpu_s: float | None = None
     enclave_peak_rss_bytes: int | None = None
 

@@ -33,6 +33,7 @@ class RecordCompressor:
             level, window_log=_WINDOW_LOG, write_content_size=False, write_checksum=False
         )
         self._frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+        self.level = level
         self.begins = True  # whether the next record begins the frame
 
     def compress_into(self, pieces: Sequence[Buffer], out: memoryview) -> int:

@@ -37,6 +37,11 @@ def lane_token(migration_secret: bytes, lane: int) -> bytes:
     return expand(migration_secret, b"sealane v1 lane token" + lane.to_bytes(2, "big"), TOKEN_BYTES)
 
 
+def derive_digest_key(migration_secret: bytes) -> bytes:
+    """The key of the source's page digests (`seal.digests`), which nobody else needs."""
+    return expand(migration_secret, b"sealane v1 page digests", SECRET_BYTES)
+
+
 class LaneKeys:
     """The moving keys of one lane and direction, starting at sequence number 0."""
 

@@ -29,7 +29,7 @@ from sealane.wire.core import Reader
 from sealane.wire.sniff import SNIFF_BYTES
 from sealane.wire.writer import encode
 
-Piece: TypeAlias = bytes | memoryview | NDArray[np.uint8]
+Piece: TypeAlias = bytes | memoryview
 
 _RECORD_BYTES: Final = 8 + PAGE_BYTES
 _ENDS_LEAVING_OUT: Final = frozenset(
@@ -329,17 +329,17 @@ class LaneReducer:
             packet.parts[at] = replace(part, raw=raw, pages=pages)
 
 
-def _zero_records(headers: NDArray[np.uint64]) -> NDArray[np.uint8]:
+def _zero_records(headers: NDArray[np.uint64]) -> memoryview:
     """Records of zero pages that continue the block, for the pages of these headers (ram.c, save_zero_page)."""
     records = np.zeros((len(headers), 9), np.uint8)
     addresses = headers & ~np.uint64(PAGE_BYTES - 1)
     flags = np.uint64(q.RAM_SAVE_FLAG_ZERO | q.RAM_SAVE_FLAG_CONTINUE)
     records[:, :8] = (addresses | flags).astype(">u8").view(np.uint8).reshape(-1, 8)
-    return records.reshape(-1)
+    return records.data.cast("B")
 
 
 def _kept(pages: Pages, keep: Mask) -> list[Piece]:
     """Views of the pages to send, a run each."""
     edges = np.flatnonzero(np.diff(keep)) + 1
     bounds = pairwise([0, *edges.tolist(), len(keep)])
-    return [pages[first:after].reshape(-1) for first, after in bounds if keep[first]]
+    return [pages[first:after].data.cast("B") for first, after in bounds if keep[first]]

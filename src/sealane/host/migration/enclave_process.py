@@ -27,6 +27,7 @@ from sealane.enclave.interface import (
 )
 from sealane.errors import HostError, InternalError, PeerError, SealaneError, make_error
 from sealane.host.migration import messages
+from sealane.host.models import NotSent
 
 T = TypeVar("T")
 _EXIT_WAIT_S: Final = 8.0
@@ -114,6 +115,14 @@ class EnclaveProcess:
             raise PeerError("peer.message", f"`{message.kind}` came out of turn")
         return message
 
+    @property
+    def not_sent(self) -> NotSent:
+        """What the source did not send so far."""
+        counted = self.counters
+        return NotSent(
+            zero_bytes=counted.zero_bytes, same_bytes=counted.same_bytes, zstd_bytes=counted.compressed_bytes
+        )
+
     def costs(self) -> dict[str, Any]:
         """The enclave's CPU time and peak memory, once its lanes are closed; the names are `Result`'s."""
         if not self.lanes_closed.done():
@@ -183,7 +192,9 @@ class EnclaveProcess:
             case Counters():
                 self.counters = call
             case LanesClosed():
-                self.counters = Counters(call.wire_bytes, call.plaintext_bytes)
+                self.counters = Counters(
+                    call.wire_bytes, call.plaintext_bytes, call.zero_bytes, call.same_bytes, call.compressed_bytes
+                )
                 _resolve(self.lanes_closed, call)
             case PeerFinished():
                 _resolve(self.finished, None)

@@ -30,7 +30,7 @@ from sealane.host.migration.dialling import SocketDirectory, dial_peer, listen_f
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
 from sealane.host.migration.gate import pass_gate
 from sealane.host.migration.receipt_exchange import give_copy, take_copy
-from sealane.host.models import Migration, MigrationRequest, Peer, Progress, Result, VmDefinition
+from sealane.host.models import Migration, MigrationRequest, NotSent, Peer, Progress, Result, VmDefinition
 from sealane.host.problems import problem_of
 from sealane.hypervisor.driver import MigrationParameters, QmpEvent, VmDescription
 from sealane.hypervisor.qmp import EventStream, QmpMachine
@@ -192,7 +192,7 @@ class SourceMigration(Job):
             for each in (listener, *connections):
                 each.close()
             raise
-        enclave.call(OpenLanes(), listener, *connections)
+        enclave.call(OpenLanes(reduce=self._request.reduce), listener, *connections)
         await self._watch(enclave.wait(enclave.lanes_open, LANE_OPEN_TIMEOUT_S, "peer.slow", "answer on the lanes"))
 
     async def _dial(self) -> socket.socket:
@@ -227,6 +227,7 @@ class SourceMigration(Job):
                 bytes_remaining=remaining,
                 bytes_transferred=status.ram_transferred,
                 bytes_wire=self._wire_bytes(),
+                not_sent=self._enclave.not_sent if self._enclave is not None else NotSent(),
                 rate_bytes_per_s=rate,
                 dirty_rate_bytes_per_s=status.dirty_rate_bytes_per_s,
                 iteration=status.iteration,
@@ -328,6 +329,7 @@ class SourceMigration(Job):
             copy_ms=copied,
             downtime_ms=downtime,
             bytes_wire=self._wire_bytes(),
+            not_sent=self._enclave.not_sent if self._enclave is not None else NotSent(),
             **self._enclave.costs() if self._enclave is not None else {},
         )
 
