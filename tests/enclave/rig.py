@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 
 from sealane.crypto.identity import Identity
 from sealane.enclave.interface import (
+    LAUNCHER_ENVIRONMENT,
     AcceptLane,
     AttachVm,
     Begin,
@@ -84,7 +85,7 @@ class Launcher:
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 stderr=self.stderr,
-                env={"LANG": "C.UTF-8"},
+                env=LAUNCHER_ENVIRONMENT,
             )
 
     def fork(self, calls: socket.socket) -> tuple[int, int]:

@@ -65,7 +65,7 @@ def test_the_launcher_has_one_thread_and_one_socket_and_no_environment(launcher:
         assert status(launcher.process.pid)["Threads"] == "1"
         if os.geteuid() != 0:
             pytest.skip("only root looks into a process that is not dumpable")
-        assert (process / "environ").read_bytes() == b"LANG=C.UTF-8\0"
+        assert (process / "environ").read_bytes() == b"LANG=C.UTF-8\0OPENBLAS_NUM_THREADS=1\0"
         deadline = time.monotonic() + PATIENCE_S
         while len(os.listdir(process / "fd")) > 4 and time.monotonic() < deadline:
             time.sleep(0.001)  # what belongs to the enclave is closed behind the answer

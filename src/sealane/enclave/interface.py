@@ -29,6 +29,10 @@ from typing import Any, Final, TypeAlias, get_args
 from sealane.errors import InternalError
 from sealane.limits import ECALL_MESSAGE_MAX, LANES_MAX
 
+# All of a launcher's environment. numpy's linear algebra would start a thread for each core as it is loaded, which a fork
+# loses; nothing here uses it.
+LAUNCHER_ENVIRONMENT: Final[dict[str, str]] = {"LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
+
 
 @dataclass(frozen=True)
 class Begin:

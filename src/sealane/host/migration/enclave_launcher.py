@@ -16,7 +16,7 @@ from typing import Final
 
 import structlog
 
-from sealane.enclave.interface import CallSocket, socket_pair
+from sealane.enclave.interface import LAUNCHER_ENVIRONMENT, CallSocket, socket_pair
 from sealane.enclave.launcher import FAILED, PACKET_MAX, REQUEST, STARTED
 from sealane.errors import HostError, SealaneError
 from sealane.host.migration.enclave_process import EnclaveProcess
@@ -81,7 +81,7 @@ class EnclaveLauncher:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env={"LANG": "C.UTF-8"},
+                env=LAUNCHER_ENVIRONMENT,
             )
         except OSError as error:
             ours.close()
