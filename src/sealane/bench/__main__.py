@@ -6,6 +6,7 @@ from typing import Final
 
 BENCHES: Final = {
     "codecs": "sealing, page codecs, digests and compression, GB/s of one core",
+    "link": "a guest with real files over a 1 Gb/s link: QEMU's ways and Sealane's protections, with and without reduction",
     "migrate": "one guest moved by QEMU plain, QEMU TLS and Sealane, single-stream and multifd",
     "wire": "reading QEMU's stream, GB/s of one core",
 }

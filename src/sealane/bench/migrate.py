@@ -17,7 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from sealane.bench.movers import WAYS, Run, Way, move
+from sealane.bench.micro import cpu_model
+from sealane.bench.movers import WAYS, Method, Run, Way, move
 from sealane.limits import MIB
 from sealane.testing.accel import choose_accel
 from sealane.testing.machine import Hardware, Workload
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     qemu = find_qemu()
     accel = choose_accel(options.accel, qemu)
     machine = {"qemu": ".".join(map(str, qemu.version)), "accel": accel.name, "python": platform.python_version()}
-    machine |= {"kernel": platform.release(), "cpus": str(_cpu_model()), "pinned": str(options.pin)}
+    machine |= {"kernel": platform.release(), "cpus": cpu_model(), "pinned": str(options.pin)}
     print(f"QEMU {machine['qemu']} with {accel.name} ({accel.reason}); {machine['cpus']}", flush=True)
     runs = _measure(options, qemu, accel)
     report = {
@@ -108,12 +109,16 @@ def _measure(options: argparse.Namespace, qemu: Any, accel: Any) -> list[Run]:
             for channels in (0, options.channels):
                 for way in options.ways:
                     prepare_memory(options.memory_state, options.memory)
-                    run = move(pair, guest, source, destination, way, channels)
+                    run = move(pair, guest, source, destination, _method(way, channels))
                     source, destination = destination, source
                     if number:  # the first round warms caches and is not counted
                         runs.append(run)
                     _say(number, run)
     return runs
+
+
+def _method(way: Way, channels: int) -> Method:
+    return Method(way, channels, tls=way == "tls", options={} if way == "sealane" else None)
 
 
 def prepare_memory(state: str, mebibytes: int) -> None:
@@ -205,10 +210,3 @@ def print_report(report: dict[str, Any]) -> None:
             if goal is not None and not part["met"][what]:
                 missed.append(f"{mode}: {what} is {value:g}, {value - goal:+.3f} against {goal:g}")
     print("\nall goals met" if not missed else "\nfalls short:\n  " + "\n  ".join(missed), file=sys.stdout)
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "unknown processor"

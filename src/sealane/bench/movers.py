@@ -1,4 +1,4 @@
-"""The ways to move one guest between two hosts that the bench compares: QEMU plain, QEMU with TLS, Sealane.
+"""The ways to move one guest between two hosts that the benches compare: QEMU by itself and Sealane, with their options.
 
 All are timed the same way, from outside: from the `migrate` command at the source's QEMU (Sealane: from what its agent
 reports) to the RESUME event of the destination's QEMU; downtime is from the source's STOP to the destination's RESUME.
@@ -7,6 +7,7 @@ reports) to the RESUME event of the destination's QEMU; downtime is from the sou
 import secrets
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
@@ -18,16 +19,34 @@ from sealane.testing.qmp import Qmp
 
 Way: TypeAlias = Literal["plain", "tls", "sealane"]
 WAYS: Final[tuple[Way, ...]] = ("plain", "tls", "sealane")
+Compression: TypeAlias = Literal["none", "zstd"]
 _WAIT_S: Final = 120.0
 _UNBOUNDED: Final = 1 << 43
 _PLAIN_PORT: Final = 48300
+_LOOK_EVERY_S: Final = 0.02
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to move a guest: QEMU by itself, or Sealane where `options` (of a migration's request) are given."""
+
+    name: str
+    channels: int = 0
+    tls: bool = False
+    compression: Compression = "none"
+    options: Mapping[str, object] | None = None
+    converge_s: float = 120.0
 
 
 @dataclass
 class Run:
-    """One move. Times in milliseconds, CPU in core-seconds by process, peak memory in bytes by process."""
+    """One move. Times in milliseconds, CPU in core-seconds by process, peak memory in bytes by process.
 
-    way: Way
+    `bytes_sent` is what QEMU or Sealane says, without TCP's and TLS's own. `completed` is false where the guest wrote too
+    fast: then it still runs at the source.
+    """
+
+    way: str
     channels: int
     total_ms: float
     downtime_ms: float
@@ -35,6 +54,8 @@ class Run:
     cpu_s: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: dict[str, int] = field(default_factory=dict)
     whole_ms: float | None = None
+    iterations: int = 0
+    completed: bool = True
 
 
 class EventWatch:
@@ -43,7 +64,7 @@ class EventWatch:
     def __init__(self, path: Path, event: str) -> None:
         self._path, self._event = path, event
         self.stamp_s: float | None = None
-        self.pid = 0
+        self._monitor: Qmp | None = None
         self._thread = threading.Thread(target=self._wait, daemon=True)
         self._thread.start()
 
@@ -52,12 +73,18 @@ class EventWatch:
         while not self._path.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         try:
-            with Qmp(self._path, timeout_s=_WAIT_S) as monitor:
-                event = monitor.wait_event(self._event)
+            with Qmp(self._path, timeout_s=_WAIT_S) as self._monitor:
+                event = self._monitor.wait_event(self._event)
         except RigError:
             return  # `result` says so
         stamp = event["timestamp"]
         self.stamp_s = stamp["seconds"] + stamp["microseconds"] / 1e6
+
+    def give_up(self) -> None:
+        """Stop waiting, and leave the monitor to others."""
+        if self._monitor is not None:
+            self._monitor.interrupt()
+        self._thread.join(_WAIT_S)
 
     def result(self) -> float:
         """When it happened, on the wall clock."""
@@ -67,26 +94,30 @@ class EventWatch:
         return self.stamp_s
 
 
-def move(pair: HostPair, guest: Guest, source: AgentHost, destination: AgentHost, way: Way, channels: int) -> Run:
-    """Move the guest and measure; raises RigError where it does not arrive."""
+def move(pair: HostPair, guest: Guest, source: AgentHost, destination: AgentHost, method: Method) -> Run:
+    """Move the guest and measure; raises RigError where it does not arrive, unless it was given up for its writing."""
     there, here = guest.machines[source.name], guest.machines[destination.name]
     here.observer_path.unlink(missing_ok=True)
     began = time.monotonic()
-    if way != "sealane":
+    if method.options is None:
         here.start_incoming()
     stopped = EventWatch(there.observer_path, "STOP")
     resumed = EventWatch(here.observer_path, "RESUME")
     with Meter() as meter:
         meter.watch("qemu source", _pid_on(there.qmp_path))
-        if way == "sealane":
-            run = _move_sealed(pair, guest, source, destination, channels, meter)
+        if method.options is not None:
+            run = _move_sealed(pair, guest, source, destination, method, meter)
         else:
-            run = _move_plainly(guest, source, destination, way, channels, meter)
-        ended = resumed.result()
-        run.whole_ms = (time.monotonic() - began) * 1e3
-        if run.total_ms < 0:  # a start on the wall clock, to be measured against the event
-            run.total_ms = ended * 1e3 + run.total_ms
-    run.downtime_ms = (ended - stopped.result()) * 1e3
+            run = _move_plainly(guest, source, destination, method, meter)
+        if run.completed:
+            ended = resumed.result()
+            run.whole_ms = (time.monotonic() - began) * 1e3
+            if run.total_ms < 0:  # a start on the wall clock, to be measured against the event
+                run.total_ms = ended * 1e3 + run.total_ms
+            run.downtime_ms = (ended - stopped.result()) * 1e3
+        else:
+            stopped.give_up()
+            resumed.give_up()
     run.cpu_s.update({name: round(usage.cpu_s, 3) for name, usage in meter.usages.items()})
     run.peak_rss_bytes.update({name: usage.peak_rss_bytes for name, usage in meter.usages.items()})
     return run
@@ -108,19 +139,21 @@ def _command_has(process: Path, word: str) -> bool:
 
 
 def _move_sealed(
-    pair: HostPair, guest: Guest, source: AgentHost, destination: AgentHost, channels: int, meter: Meter
+    pair: HostPair, guest: Guest, source: AgentHost, destination: AgentHost, method: Method, meter: Meter
 ) -> Run:
     for end in (source, destination):
         if end.agent is not None:
             meter.watch(f"agent {'source' if end is source else 'destination'}", end.agent.process.pid)
     born = threading.Thread(target=_watch_newborn, args=(meter, guest.machines[destination.name].qmp_path), daemon=True)
     born.start()
-    ended = pair.migrate(guest, source, destination, multifd_channels=channels)
+    options = {"multifd_channels": method.channels, **(method.options or {})}
+    ended = pair.migrate(guest, source, destination, **options)
     born.join()
     if ended.state != "completed" or ended.result is None or ended.result.copy_ms is None:
         raise RigError(f"Sealane did not move the guest: {ended.problem}")
     other = pair.await_end(destination, ended.id).result
-    run = Run("sealane", channels, ended.result.copy_ms, 0.0, ended.result.bytes_wire)
+    run = Run(method.name, method.channels, ended.result.copy_ms, 0.0, ended.result.bytes_wire)
+    run.iterations = ended.progress.iteration
     for name, result in (("enclave source", ended.result), ("enclave destination", other)):
         if result is None or result.enclave_cpu_s is None or result.enclave_peak_rss_bytes is None:
             raise RigError(f"{name} did not say what it cost")
@@ -140,36 +173,55 @@ def _watch_newborn(meter: Meter, qmp: Path) -> None:
             return
 
 
-def _move_plainly(
-    guest: Guest, source: AgentHost, destination: AgentHost, way: Way, channels: int, meter: Meter
-) -> Run:
+def _move_plainly(guest: Guest, source: AgentHost, destination: AgentHost, method: Method, meter: Meter) -> Run:
     there, here = guest.machines[source.name], guest.machines[destination.name]
     meter.watch("qemu destination", here.pid, from_birth=True)
     uri = f"tcp:{destination.host.address}:{_PLAIN_PORT}"
     with Qmp(here.qmp_path, timeout_s=_WAIT_S) as receiving, Qmp(there.qmp_path, timeout_s=_WAIT_S) as sending:
-        credentials = _with_psk(destination.host.scratch) if way == "tls" else None
-        _configure(receiving, channels, credentials, "server")
-        _configure(sending, channels, credentials, "client")
+        credentials = _with_psk(destination.host.scratch) if method.tls else None
+        _configure(receiving, method, credentials, "server")
+        _configure(sending, method, credentials, "client")
         receiving.execute("migrate-incoming", uri=uri)
         started = wall_s()
         sending.execute("migrate", uri=uri)
-        status = sending.wait_migrated(timeout_s=_WAIT_S)
-        bytes_sent = int(status["ram"]["transferred"])
+        status = _await_end(sending, method.converge_s)
+        ram = status["ram"]
+        run = Run(method.name, method.channels, -started * 1e3, 0.0, int(ram["transferred"]))
+        run.iterations = int(ram["dirty-sync-count"])
+        if status["status"] != "completed":
+            run.completed, run.total_ms = False, (wall_s() - started) * 1e3
+            sending.execute("migrate_cancel")
+            while sending.execute("query-migrate")["status"] != "cancelled":
+                time.sleep(_LOOK_EVERY_S)
+            here.stop()
+            return run
         sending.execute("quit")
     _wait_gone(there.qmp_path)
-    guest.travelled.append(destination.name)
-    return Run(way, channels, -started * 1e3, 0.0, bytes_sent)
+    guest.moved_to(destination.name)
+    return run
 
 
-def _configure(monitor: Qmp, channels: int, credentials: Path | None, endpoint: str) -> None:
-    states = {"events": True, "return-path": True, "multifd": channels > 0, "pause-before-switchover": False}
+def _await_end(sending: Qmp, converge_s: float) -> dict[str, Any]:
+    """How the migration stands when it has ended, or when there was enough time for it."""
+    deadline = time.monotonic() + converge_s
+    while True:
+        status: dict[str, Any] = sending.execute("query-migrate")
+        if status["status"] in ("failed", "cancelled"):
+            raise RigError(f"QEMU did not move the guest: {status.get('error-desc', 'no reason')}")
+        if status["status"] == "completed" or time.monotonic() > deadline:
+            return status
+        time.sleep(_LOOK_EVERY_S)
+
+
+def _configure(monitor: Qmp, method: Method, credentials: Path | None, endpoint: str) -> None:
+    states = {"events": True, "return-path": True, "multifd": method.channels > 0, "pause-before-switchover": False}
     monitor.execute(
         "migrate-set-capabilities",
         capabilities=[{"capability": name, "state": state} for name, state in states.items()],
     )
     parameters: dict[str, Any] = {"max-bandwidth": _UNBOUNDED, "tls-creds": "", "tls-hostname": ""}
-    if channels:
-        parameters["multifd-channels"] = channels
+    if method.channels:
+        parameters |= {"multifd-channels": method.channels, "multifd-compression": method.compression}
     if credentials is not None:
         name = f"psk{secrets.token_hex(4)}"
         monitor.execute("object-add", qom_type="tls-creds-psk", id=name, dir=str(credentials), endpoint=endpoint)

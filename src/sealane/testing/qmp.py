@@ -6,6 +6,7 @@ Tests look at a machine from its second monitor, while the agent under test hold
 import json
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,6 +54,11 @@ class Qmp:
         """Ends the connection."""
         self._file.close()
         self._socket.close()
+
+    def interrupt(self) -> None:
+        """Ends the connection for another thread that waits on it."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def _read(self) -> dict[str, Any]:
         try:
