@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -143,7 +143,7 @@ def _measure_files(options: argparse.Namespace) -> list[Run]:
 def _measure_rewriting(options: argparse.Namespace) -> list[Run]:
     """Both ways once over a guest whose pages are dirtied faster than the link carries and never change."""
     workload = Workload(fill_mib=_TOUCHED_MIB, tick_ms=20, touch_kib_per_s=_TOUCHED_KIB_PER_S)
-    methods = [Method("plain", converge_s=_GIVE_UP_S), METHODS["sealed"]]
+    methods = [replace(METHODS[name], converge_s=_GIVE_UP_S) for name in ("plain", "sealed")]
     runs = []
     with _guest_on_link(options, workload, methods) as course:
         for method in methods:

@@ -147,8 +147,22 @@ def _move_sealed(
     born = threading.Thread(target=_watch_newborn, args=(meter, guest.machines[destination.name].qmp_path), daemon=True)
     born.start()
     options = {"multifd_channels": method.channels, **(method.options or {})}
+    patience = threading.Timer(method.converge_s, _cancel_all, (source,))
+    patience.daemon = True
+    patience.start()
     ended = pair.migrate(guest, source, destination, **options)
+    patience.cancel()
     born.join()
+    if ended.state == "aborted" and ended.problem is not None and ended.problem.code == "migration.cancelled":
+        return Run(
+            method.name,
+            method.channels,
+            method.converge_s * 1e3,
+            0.0,
+            ended.progress.bytes_wire,
+            iterations=ended.progress.iteration,
+            completed=False,
+        )
     if ended.state != "completed" or ended.result is None or ended.result.copy_ms is None:
         raise RigError(f"Sealane did not move the guest: {ended.problem}")
     other = pair.await_end(destination, ended.id).result
@@ -160,6 +174,12 @@ def _move_sealed(
         run.cpu_s[name] = round(result.enclave_cpu_s, 3)
         run.peak_rss_bytes[name] = result.enclave_peak_rss_bytes
     return run
+
+
+def _cancel_all(end: AgentHost) -> None:
+    with end.client() as client:
+        for migration in client.migrations(active=True):
+            client.cancel(migration.id)
 
 
 def _watch_newborn(meter: Meter, qmp: Path) -> None:
