@@ -187,6 +187,13 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
             "QEMU does not answer on the VM's QMP socket", "is the VM up, and no other client on its QMP socket?", True
         ),
         "vm.qmp": Entry("QEMU refused a command", "see the message"),
+        "guest.layout": Entry(
+            "QEMU's description of the guest's memory cannot be understood",
+            "see docs/classifier.md for what it must be",
+        ),
+        "guest.memory": Entry(
+            "the guest's memory cannot be read", "is the VM up, and may the agent's user trace its QEMU (ptrace(2))?"
+        ),
         "launch.failed": Entry(
             "the destination's QEMU did not start", "run the VM's launch command by hand on the destination"
         ),

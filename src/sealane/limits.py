@@ -88,3 +88,12 @@ WIRE_REBUILD_MAX: Final = 64 * GIB
 # Digests of pages that were sent: 20 bytes a page of 4096, so that 8 GiB stand for a guest of 1.6 TiB. Only pages that were sent
 # while the line was the limit cost anything.
 SEEN_MEMORY_MAX: Final = 8 * GIB
+
+# Guest memory seen from outside (guest/). RAM of one VM: 4 TiB are 2^30 pages, for which classes and bitmaps take 1 GiB each.
+GUEST_RAM_MAX: Final = 4096 * GIB
+# Ranges of guest-physical addresses: a VM has some dozens; each memory device and each passed-through one adds a few.
+GUEST_SEGMENTS_MAX: Final = 65536
+# Virtual CPUs: QEMU's own bound for x86 machines.
+GUEST_CPUS_MAX: Final = 4096
+# One answer of QEMU's human monitor: registers of 4096 CPUs are some 20 MiB, other answers some KiB.
+GUEST_TEXT_MAX: Final = 64 * MIB

@@ -40,6 +40,7 @@ VALUES = {
     bool: st.booleans(),
     float: st.floats(0, 1e9),
     dict[str, str]: st.dictionaries(TEXT, TEXT, max_size=3),
+    list[int]: st.lists(st.integers(0, 2**64 - 1), max_size=9),
 }
 
 

@@ -15,6 +15,11 @@ else connects the two processes but the descriptors that are handed over. Order:
     agent    AttachVm + connection    (destination) dialled only now: QEMU takes a silent connection for a stream
     enclave  Counters, now and then
              LanesClosed              every lane was closed by both ends; the digest is the same at both
+    agent    WatchGuest + files       (source, where pages are told apart) how to read the guest's memory
+             ClassifyPages            once at the start, at each iteration and at the switch-over
+    enclave  PagesClassified          (or GuestUnknown) what was found; the lanes did not wait for it
+    agent    TellClasses + file       the classes are written there
+    enclave  ClassesTold
     agent    Finish, or Abort at any time
     enclave  Failed, at any time; the last ocall
 """
@@ -22,6 +27,7 @@ else connects the two processes but the descriptors that are handed over. Order:
 import json
 import os
 import socket
+import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, TypeAlias, get_args
@@ -99,6 +105,33 @@ class Finish:
 
 
 @dataclass(frozen=True)
+class WatchGuest:
+    """Files: QEMU's memory (/proc/PID/mem) and, where no other process writes guest memory, its page map.
+
+    `layout` is a `sealane.guest.RamLayout` as JSON; its positions are addresses in QEMU's address space.
+    """
+
+    layout: str
+
+
+@dataclass(frozen=True)
+class ClassifyPages:
+    """Class the guest's pages anew. `cpus` has CR0, CR3, CR4, EFER of each virtual CPU, one after the other.
+
+    `is_last`: the VM is paused for the switch-over.
+    """
+
+    number: int
+    cpus: list[int]
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class TellClasses:
+    """File: write into it one byte a page (`PageClass`) of guest RAM, block after block in the layout's order."""
+
+
+@dataclass(frozen=True)
 class PeerEstablished:
     """The peer is known, its certificate valid, and its hello fits."""
 
@@ -166,6 +199,36 @@ class LanesClosed:
 
 
 @dataclass(frozen=True)
+class PagesClassified:
+    """Pages of guest RAM by class, and what it took. `tops` 0: no process was found, all pages count as the user's."""
+
+    number: int
+    user: int
+    kernel: int
+    free: int
+    other: int
+    tops: int
+    tables: int
+    scanned_pages: int
+    reading_s: float
+    total_s: float
+
+
+@dataclass(frozen=True)
+class GuestUnknown:
+    """The pages could not be classed, so that all count as the user's; the migration goes on."""
+
+    number: int
+    code: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class ClassesTold:
+    """The file of TellClasses is complete."""
+
+
+@dataclass(frozen=True)
 class PeerFinished:
     """The peer said that everything is said."""
 
@@ -179,9 +242,32 @@ class Failed:
     by_peer: bool
 
 
-Ecall: TypeAlias = Begin | OpenLanes | ExpectLanes | AcceptLane | AttachVm | SendMessage | Abort | Finish
+Ecall: TypeAlias = (
+    Begin
+    | OpenLanes
+    | ExpectLanes
+    | AcceptLane
+    | AttachVm
+    | SendMessage
+    | Abort
+    | Finish
+    | WatchGuest
+    | ClassifyPages
+    | TellClasses
+)
 Ocall: TypeAlias = (
-    PeerEstablished | Message | LaneTokens | LanesOpen | VmWanted | Counters | LanesClosed | PeerFinished | Failed
+    PeerEstablished
+    | Message
+    | LaneTokens
+    | LanesOpen
+    | VmWanted
+    | Counters
+    | LanesClosed
+    | PeerFinished
+    | PagesClassified
+    | GuestUnknown
+    | ClassesTold
+    | Failed
 )
 Call: TypeAlias = Ecall | Ocall
 
@@ -213,6 +299,8 @@ def parse_call(packet: bytes) -> Call:
 def _fits(value: object, annotation: object) -> bool:
     if annotation == dict[str, str]:
         return isinstance(value, dict) and all(isinstance(part, str) for item in value.items() for part in item)
+    if annotation == list[int]:
+        return isinstance(value, list) and all(type(part) is int for part in value)
     return type(value) is _PLAIN[annotation]
 
 
@@ -221,6 +309,7 @@ class CallSocket:
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
+        self._files: list[int] = []
 
     def fileno(self) -> int:
         """The descriptor, for selectors."""
@@ -235,15 +324,27 @@ class CallSocket:
         packet, descriptors, flags, _ = socket.recv_fds(self.connection, ECALL_MESSAGE_MAX, LANES_MAX + 1)
         for descriptor in descriptors:
             os.set_inheritable(descriptor, False)  # recv_fds does not pass MSG_CMSG_CLOEXEC on
-        sockets = [socket.socket(fileno=descriptor) for descriptor in descriptors]
+        self._drop_files()
+        self._files = [each for each in descriptors if not stat.S_ISSOCK(os.fstat(each).st_mode)]
+        sockets = [socket.socket(fileno=each) for each in descriptors if each not in self._files]
         if not packet:
             return None
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise InternalError("internal.error", "a call was cut short")
         return parse_call(packet), sockets
 
+    def take_files(self) -> list[int]:
+        """The descriptors beside the last call that are no sockets; the caller's to close. Else the next call closes them."""
+        files, self._files = self._files, []
+        return files
+
+    def _drop_files(self) -> None:
+        for each in self.take_files():
+            os.close(each)
+
     def close(self) -> None:
         """Close this end."""
+        self._drop_files()
         self.connection.close()
 
 

@@ -27,6 +27,7 @@ from sealane.enclave.interface import (
     AttachVm,
     Begin,
     CallSocket,
+    ClassifyPages,
     Counters,
     Ecall,
     ExpectLanes,
@@ -41,8 +42,12 @@ from sealane.enclave.interface import (
     PeerEstablished,
     PeerFinished,
     SendMessage,
+    TellClasses,
     VmWanted,
+    WatchGuest,
 )
+from sealane.enclave.monitor import Classified
+from sealane.enclave.watching import GuestWatch, answer_of
 from sealane.errors import InternalError, PeerError, SealaneError, make_error
 from sealane.limits import LANES_MAX
 from sealane.seal.keys import lane_token
@@ -66,8 +71,9 @@ class Enclave:
     def __init__(self, calls: CallSocket, clock: Callable[[], float] = time.monotonic) -> None:
         self._calls, self._clock = calls, clock
         self._selector = selectors.DefaultSelector()
-        self._happened: queue.SimpleQueue[lanes.Event] = queue.SimpleQueue()
+        self._happened: queue.SimpleQueue[lanes.Event | Classified] = queue.SimpleQueue()
         self._wake, self._waker = socket.socketpair()
+        self._guest = GuestWatch(self._post)
         self._channel: Channel | None = None
         self._connection: socket.socket | None = None
         self._outgoing = b""
@@ -141,6 +147,9 @@ class Enclave:
                 self._lanes[call.lane].attach(sockets[0])
             case Abort():
                 self._end(make_error(call.code, call.detail), by_peer=False, tell_agent=False)
+            case WatchGuest() | ClassifyPages() | TellClasses():
+                if (answer := self._guest.serve(call, self._calls.take_files())) is not None:
+                    self._tell(answer)
             case Finish():
                 self._finish()
 
@@ -165,8 +174,9 @@ class Enclave:
         self._selector.register(connection, selectors.EVENT_READ, self._on_channel)
 
     def _finish(self) -> None:
-        self._need_channel().say_bye()
-        self._flush(wait=True)
+        if self._channel is not None:  # there is none where only the guest's pages were asked about
+            self._channel.say_bye()
+            self._flush(wait=True)
         raise EnclaveOver
 
     def _tell(self, call: Ocall) -> None:
@@ -283,8 +293,8 @@ class Enclave:
             self._listener.close()
             self._listener = None
 
-    def _post(self, event: lanes.Event) -> None:
-        """Called by the lanes' threads."""
+    def _post(self, event: lanes.Event | Classified) -> None:
+        """Called by the threads of the lanes and of the monitor."""
         self._happened.put(event)
         with contextlib.suppress(OSError):
             self._waker.send(b"!")
@@ -298,6 +308,8 @@ class Enclave:
             except queue.Empty:
                 return
             match event:
+                case Classified():
+                    self._tell(answer_of(event))
                 case lanes.Broken():
                     self._fail(event.error)
                 case lanes.Wanted():
@@ -364,6 +376,7 @@ class Enclave:
         for end in (self._listener, self._connection):
             if end is not None:
                 end.close()
+        self._guest.close()
         self._calls.close()
 
 

@@ -35,7 +35,7 @@ from typing import Any, Final
 from sealane.enclave.interface import Ecall, SendMessage
 from sealane.host import store
 from sealane.host.migration import messages
-from sealane.host.migration.enclave_process import EnclaveProcess
+from sealane.host.migration.enclave_process import Closeable, EnclaveProcess
 from sealane.host.models import Migration
 from sealane.host.store import Store
 from sealane.hypervisor import launch
@@ -142,7 +142,7 @@ def _wrap_messages(points: Points) -> None:
         begin(self, *arguments, **keywords)
         points.enclaves.add(self)
 
-    def say(self: EnclaveProcess, call: Ecall, *sockets: socket.socket) -> None:
+    def say(self: EnclaveProcess, call: Ecall, *sockets: Closeable) -> None:
         if not isinstance(call, SendMessage):
             give(self, call, *sockets)
             return

@@ -5,22 +5,24 @@ The agent sees counters and the agents' messages, never a key of a lane nor a by
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, Protocol, TypeVar
 
 from sealane.enclave.interface import (
     Abort,
     CallSocket,
+    ClassesTold,
     Counters,
     Ecall,
     Failed,
     Finish,
+    GuestUnknown,
     LanesClosed,
     LanesOpen,
     LaneTokens,
     Message,
     Ocall,
+    PagesClassified,
     PeerEstablished,
     PeerFinished,
     VmWanted,
@@ -34,6 +36,16 @@ _EXIT_WAIT_S: Final = 8.0
 _MESSAGES_WAITING_MAX: Final = 16
 # More than a socket's buffer holds of them.
 _OCALLS_WAITING_MAX: Final = 1000
+
+
+class Closeable(Protocol):
+    """A socket or a file."""
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+
+    def close(self) -> None:
+        """Close it."""
 
 
 class Child(Protocol):
@@ -59,6 +71,8 @@ class EnclaveProcess:
         self.finished: asyncio.Future[None] = loop.create_future()
         self.failed: asyncio.Future[SealaneError] = loop.create_future()
         self.counters = Counters(0, 0)
+        self.classes_told: asyncio.Future[None] = loop.create_future()
+        self.on_pages_classified: Callable[[PagesClassified | GuestUnknown], None] = lambda what: None
         self.on_vm_wanted: Callable[[int], None] = lambda lane: None
         self._messages: asyncio.Queue[str] = asyncio.Queue(_MESSAGES_WAITING_MAX)
         loop.add_reader(calls.fileno(), self._on_readable)
@@ -68,8 +82,8 @@ class EnclaveProcess:
         """The process."""
         return self._process.pid
 
-    def call(self, call: Ecall, *sockets: socket.socket) -> None:
-        """Send an ecall; the sockets are the enclave's afterwards and closed here."""
+    def call(self, call: Ecall, *sockets: Closeable) -> None:
+        """Send an ecall; the sockets, or files, are the enclave's afterwards and closed here."""
         try:
             self._calls.send(call, [each.fileno() for each in sockets])
         except BlockingIOError:
@@ -198,6 +212,10 @@ class EnclaveProcess:
                 _resolve(self.lanes_closed, call)
             case PeerFinished():
                 _resolve(self.finished, None)
+            case PagesClassified() | GuestUnknown():
+                self.on_pages_classified(call)
+            case ClassesTold():
+                _resolve(self.classes_told, None)
             case Failed():
                 self.fail(make_error(call.code, call.detail))
 
