@@ -137,6 +137,8 @@ def test_everything_is_explained(name: str) -> None:
     else:
         assert facts["devices_why_not"] == ""
         assert {"cpu", "serial", "timer"} <= {device["name"] for device in facts["devices"]}
+    if name.startswith("vtpm"):
+        assert "tpm-emulator" in {device["name"] for device in facts["devices"]}
     assert set(facts["opaque_bytes"]) == {"device state"}
     if truth["how"] == "running" and "multifd" not in truth["capabilities"]:
         assert facts["iterations"] >= 3

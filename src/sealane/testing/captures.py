@@ -39,7 +39,7 @@ _SOURCE = Path(__file__).parent / "dirtier.S"
 _CHUNK = 1 << 18
 _TIMEOUT_S = 60.0
 # Where blocks begin in the guest, for QEMU without host addresses in `info ramblock`; pc.bios ends at 4 GiB.
-_GUEST_ADDRESSES = {"pc.ram": 0, "ram-node0": 0}
+_GUEST_ADDRESSES = {"pc.ram": 0, "ram-node0": 0, "tpm-ppi": 0xFED4_5000}
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Scenario:
     since: tuple[int, int, int] = (0, 0, 0)
     until: tuple[int, int, int] = (99, 0, 0)
     shared_memory: bool = False
+    tpm: Literal["", "tpm-tis", "tpm-crb"] = ""
 
     def fits(self, qemu: QemuBinary) -> bool:
         """Whether this QEMU can do it, and rightly."""
@@ -79,6 +80,8 @@ SCENARIOS = (
     Scenario("single-running", how="running", capabilities=("return-path",)),
     Scenario("single-old-type", machine="pc-q35-7.2", how="running", since=_V8),
     Scenario("numa", machine="pc", options=_NUMA),
+    Scenario("vtpm", tpm="tpm-tis"),
+    Scenario("vtpm-running", tpm="tpm-crb", how="running", capabilities=_MULTIFD, parameters=_TWO),
     Scenario("ignore-shared", capabilities=("x-ignore-shared",), shared_memory=True),
     Scenario("xbzrle", how="running", capabilities=("xbzrle",), since=_V9),
     Scenario("xbzrle", capabilities=("xbzrle",), until=_V9),
@@ -171,14 +174,40 @@ class Machine:
                 "-machine",
                 "memory-backend=pc.ram",
             ]
+        if scenario.tpm:
+            words += ["-chardev", f"socket,id=tpm,path={self._tpm_socket}"]
+            words += ["-tpmdev", "emulator,id=tpm0,chardev=tpm", "-device", f"{scenario.tpm},tpmdev=tpm0"]
         self.words = words
         self._scenario = scenario
         self.serial = directory / "serial"
         self._process: subprocess.Popen[bytes] | None = None
+        self._swtpm: subprocess.Popen[bytes] | None = None
+
+    @property
+    def _tpm_socket(self) -> Path:
+        return self.directory / "tpm.sock"
+
+    def _start_swtpm(self) -> None:
+        """A TPM 2.0 of this machine's own: at the destination one without state, which comes with the migration."""
+        state = self.directory / "tpm"
+        state.mkdir()
+        with (self.directory / "swtpm.log").open("wb") as log:
+            self._swtpm = subprocess.Popen(
+                [
+                    *("setpriv", "--pdeathsig", "KILL", "--", "swtpm", "socket", "--tpm2"),
+                    *("--tpmstate", f"dir={state}", "--ctrl", f"type=unixio,path={self._tpm_socket}"),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        _wait(self._tpm_socket.exists, "the TPM's socket")
 
     def start(self, *extra: str) -> Qmp:
         """Starts it and gives its monitor, with the scenario's capabilities and parameters set."""
         monitor = self.directory / "qmp"
+        if self._scenario.tpm:
+            self._start_swtpm()
         channels = ["-serial", f"file:{self.serial}", "-qmp", f"unix:{monitor},server=on,wait=off"]
         with (self.directory / "log").open("wb") as log:
             self._process = subprocess.Popen(
@@ -201,10 +230,11 @@ class Machine:
         _wait(lambda: self.serial.exists() and self.serial.stat().st_size >= before + count, "the guest's rounds")
 
     def stop(self) -> None:
-        """Ends QEMU."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        """Ends QEMU, and its TPM."""
+        for process in (self._process, self._swtpm):
+            if process is not None:
+                process.kill()
+                process.wait()
 
     def ram(self, qmp: Qmp) -> dict[str, dict[str, Any]]:
         """Length and SHA-256 of each RAM block whose memory can be found, of a stopped machine."""
