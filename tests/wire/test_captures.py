@@ -8,10 +8,13 @@ import pytest
 from sealane.wire import (
     CompressedPage,
     Event,
+    MultifdPacket,
     MultifdReader,
     Opaque,
     PackageBegun,
+    PacketPages,
     PacketPayload,
+    PageBatch,
     RamRebuild,
     StreamReader,
     XbzrlePage,
@@ -160,3 +163,26 @@ def test_the_captures_are_small() -> None:
     sizes = [path.stat().st_size for name in NAMES for path in (CAPTURES / name).iterdir()]
     assert max(sizes) < 300_000
     assert sum(sizes) < 4_000_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_quiet_reader_keeps_in_step(name: str, seed: int) -> None:
+    """Quiet by chance, piece for piece: it is never lost, and tells of all but pages what a reader that is never quiet tells."""
+    chance = random.Random(seed)
+    pages = (PageBatch, PacketPages, PacketPayload, MultifdPacket, Opaque)
+    for data in connections(name):
+        expected = {event.offset: type(event) for event in read(reader_for(data), [data])[0]}
+        reader = reader_for(data)
+        heard = []
+        for part in pieces(data, [chance.randrange(len(data) + 1) for _ in range(60)]):
+            reader.quiet = chance.random() < 0.5
+            heard += reader.feed(part)
+        heard += reader.close()
+        assert reader.offset == len(data)
+        assert all(expected[event.offset] is type(event) for event in heard if not isinstance(event, pages))
+        told_of = {event.offset for event in heard}
+        assert all(at in told_of for at, kind in expected.items() if not issubclass(kind, pages))
+        syncs = [event.offset for event in heard if isinstance(event, MultifdPacket) and event.is_sync]
+        everything = [event for event in read(reader_for(data), [data])[0] if isinstance(event, MultifdPacket)]
+        assert syncs == [event.offset for event in everything if event.is_sync]

@@ -107,6 +107,11 @@ class LaneReducer:
     def feed(self, piece: memoryview) -> list[Piece] | None:
         """QEMU's next bytes. None: send `piece` itself. Otherwise what to send for it, valid until the next `feed`."""
         self._fed += len(piece)
+        unread = not self._active and not self._seen.used
+        if unread:
+            self._seen.passed_unread(self._lane)
+        if self._reader is not None:
+            self._reader.quiet = unread
         events = self._read(piece)
         if self._active and self._reader is not None:
             self._out = []
@@ -114,9 +119,6 @@ class LaneReducer:
                 self._reduce(event)
             self._keep_packet()
             return self._out
-        unread = not self._seen.used
-        if unread:
-            self._seen.passed_unread(self._lane)
         for event in events:
             self._follow(event, unread)
         if unread:

@@ -33,6 +33,9 @@ class Reader(ABC):
     def __init__(self, *, carry: bool = False) -> None:
         self.error: WireError | None = None
         self.carry = carry
+        # Whether to pass over pages without an event, for who only keeps in step: events of pages then have no use, and
+        # what they say (a page beyond its block) is not looked at. May be changed between two calls of `feed`.
+        self.quiet = False
         self._state: State = self._begin
         self._pending = bytearray()
         self._need = 1

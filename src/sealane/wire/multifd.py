@@ -108,10 +108,10 @@ class MultifdReader(Reader):
         super().__init__(carry=carry)
         self._packet: MultifdPacket | None = None
         self._pages_read = 0
-        self._left = 0  # of a packet of device state
+        self._left = 0  # of a packet of device state, or of one that is passed over
 
     def _why_not_end_here(self) -> str:
-        inside = self._state in (self._pages, self._payload, self._device_state)
+        inside = self._state in (self._pages, self._payload, self._device_state, self._passed_pages)
         return "a channel ended inside a packet" if inside else ""
 
     def _begin(self, buffer: memoryview, position: int, end: int) -> int:
@@ -142,6 +142,8 @@ class MultifdReader(Reader):
             return self._device_head(buffer, position, end, flags)
         if end - position < PACKET_HEAD_BYTES:
             return self._want(PACKET_HEAD_BYTES)
+        if self.quiet:
+            return self._pass_over_packet(buffer[position : position + PACKET_HEAD_BYTES], flags)
         packet = self._parse_head(buffer[position : position + PACKET_HEAD_BYTES])
         self._emit(packet)
         self._packet = packet
@@ -166,6 +168,33 @@ class MultifdReader(Reader):
         if normal and size > limits.WIRE_PACKET_PAYLOAD_MAX:
             raise self._beyond(f"a packet of {size} bytes")
         return MultifdPacket(raw, self._offset, flags, number, size, block, offsets[:normal], offsets[normal:])
+
+    def _pass_over_packet(self, raw: memoryview, flags: int) -> int:
+        """Quietly: an event for a SYNC alone, and none for pages."""
+        _, _, _, pages_alloc, normal, size, number, zero = _HEAD(raw)
+        is_plain = not flags & q.MULTIFD_FLAG_COMPRESSION_MASK
+        if normal + zero > PAGES_PER_PACKET or (normal and is_plain and size != normal * q.TARGET_PAGE_SIZE):
+            raise self._malformed(f"a packet of {normal} pages and {zero} zero pages in {pages_alloc}, {size} bytes")
+        if normal and size > limits.WIRE_PACKET_PAYLOAD_MAX:
+            raise self._beyond(f"a packet of {size} bytes")
+        if flags & q.MULTIFD_FLAG_SYNC:
+            none = np.empty(0, np.uint64)
+            self._emit(MultifdPacket(raw, self._offset, flags, number, size, "", none, none))
+        self._left = size if normal else 0
+        if self._left:
+            self._state = self._passed_pages
+        return PACKET_HEAD_BYTES
+
+    def _passed_pages(self, buffer: memoryview, position: int, end: int) -> int:
+        used = min(end - position, self._left)
+        if not self.quiet:
+            self._emit(
+                Opaque(buffer[position : position + used], self._offset, "pages of a packet that was passed over")
+            )
+        self._left -= used
+        if not self._left:
+            self._state = self._head
+        return used
 
     def _pages(self, buffer: memoryview, position: int, end: int) -> int:
         """As many whole pages of the packet as are here."""

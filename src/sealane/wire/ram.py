@@ -190,6 +190,9 @@ class RamRecords(Reader):
         if end - position < head + body:
             return self._want(head + body)
         after = position + head + body
+        if self.quiet:
+            self._block = block
+            return _skip_pages(buffer, after, end) - position
         headers, starts, after, self._rhythm = scan_continued(
             buffer, after, end, first=(header, position + head), rhythm=self._rhythm
         )
@@ -289,6 +292,19 @@ def scan_continued(
         good = 1 + int(((headers[1:] & foreign) != 0).argmax())
         return headers[:good], starts[:good], int(starts[good]) - 8, ()
     return headers, starts, position, rhythm
+
+
+def _skip_pages(buffer: memoryview, position: int, end: int) -> int:
+    """The position behind the records that go on in the same block."""
+    count = (end - position) // _PAGE_RECORD
+    if count:
+        fits = (np.ndarray((count,), ">u2", buffer, position + 6, (_PAGE_RECORD,)) & np.uint16(_FLAGS)) == _PAGE
+        good = count if fits.all() else int(fits.argmin())
+        position += good * _PAGE_RECORD
+    if end - position < _ZERO_RECORD or buffer[position + 7] != _ZERO:
+        return position
+    _, _, position, _ = scan_continued(buffer, position, end, first=(0, 0))
+    return position
 
 
 def _step_over(buffer: memoryview, position: int, end: int, count: int) -> tuple[list[int], int]:
