@@ -7,12 +7,13 @@ code its family; the family gives the exit status and the HTTP status:
     ├── UsageError      2  400  the caller asked for something that cannot be
     ├── EvidenceError   2  422  evidence, or what belongs to it, cannot be understood
     ├── PeerError       3  502  the peer is hostile, broken, unknown or gone (detail never goes back to it)
+    │   └── AttestationRejected  4  403  the peer's evidence is not what this host wants of it
     ├── HostError       5  500  this host cannot: disk, memory, permissions, QEMU
     ├── ControlError    6  409  not in this state: not found, conflict, refused, cancelled
     ├── InDoubtError    7  409  the VM is paused and may run elsewhere; a person may have to decide
     └── InternalError  70  500  our own fault
 
-Exit status 0 is success; 1 is left to the interpreter's own failures; 4 is kept for attestation.
+Exit status 0 is success; 1 is left to the interpreter's own failures.
 """
 
 from collections.abc import Mapping
@@ -72,6 +73,13 @@ class PeerError(SealaneError):
     http_status = 502
 
 
+class AttestationRejected(PeerError):
+    """The peer's evidence is not what this host wants of it; no page was sent."""
+
+    exit_status = 4
+    http_status = 403
+
+
 class WireError(PeerError):
     """A peer's QEMU sent bytes that are no migration stream: at `offset` of its connection, inside `section`."""
 
@@ -111,6 +119,9 @@ class InternalError(SealaneError):
 _HOST_RUNS = "nothing to do; the VM was not touched"
 _RETRY = "try again; if it stays, look at `sealane status` and the logs of both agents"
 _NETWORK = "look at the network between the hosts: something on it changed, repeated or dropped bytes"
+
+_RELAYED = "find out who stands between the hosts: somebody passes on what was meant for others"
+_SOFTWARE = "compare the versions on both hosts; if the change is meant, renew the reference values"
 
 _STREAM = "compare the QEMU versions of both hosts, and see QEMU's own log at the source"
 
@@ -171,7 +182,51 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         "wire.truncated": Entry("the migration stream ended too early", _STREAM, True),
         "wire.limit": Entry("the migration stream asks for more than any QEMU does", _STREAM),
     },
+    AttestationRejected: {
+        "attest.order": Entry(
+            "a message of the attested handshake came out of turn", "bring both hosts to the same Sealane version"
+        ),
+        "attest.role": Entry("a message of the attested handshake came back to its sender", _RELAYED),
+        "attest.migration": Entry("the peer's evidence is of another migration, VM or epoch", _RELAYED),
+        "attest.nonce": Entry("the peer's evidence answers another question: its nonce is stale or not ours", _RELAYED),
+        "attest.authentication": Entry("a message of the attested handshake is not from the attested peer", _RELAYED),
+        "attest.binding": Entry(
+            "the peer's evidence is not bound to this channel: it is old, or somebody else's", _RELAYED
+        ),
+        "attest.host-unknown": Entry(
+            "no reference value vouches for the hardware that gave the evidence",
+            "add the host's attestation key to the reference values, after its TPM has proved it (docs/attestation.md)",
+        ),
+        "attest.test-root": Entry(
+            "the peer's evidence rests on a test root, which this host does not accept",
+            "accept it with `attestation.accepted_test_roots`, for tests only",
+        ),
+        "attest.enclave-changed": Entry("the peer's enclave runs other code than the reference values have", _SOFTWARE),
+        "attest.qemu-changed": Entry("the peer's QEMU is none that the reference values have", _SOFTWARE),
+        "attest.log-replay": Entry(
+            "the peer's measurement logs do not replay to its PCRs",
+            "restart that host; if it stays, look into it: a log lies",
+        ),
+        "attest.refused": Entry(
+            "the peer's evidence was refused", "see the reasons; docs/attestation.md explains them"
+        ),
+        "attest.level": Entry(
+            "the peer reaches a lower trust level than this host wants",
+            "see the reasons; lower `attestation.least_level` only if less is enough",
+        ),
+        "attest.changed": Entry("what the peer attests changed during the copy", _SOFTWARE),
+    },
     HostError: {
+        "quoting.failed": Entry("the quoting process gave no evidence", "see the agent's log"),
+        "quoting.slow": Entry("the quoting process did not answer in time", _RETRY, True),
+        "quoting.driver": Entry("a root of trust did not do what was asked", "see the message, and `sealane doctor`"),
+        "quoting.pcr": Entry(
+            "the PCR for Sealane's log was extended by something else", "choose another one: `attestation.pcr`"
+        ),
+        "enclave.changed": Entry(
+            "a file that enclaves load was changed since it was measured",
+            "if the change is meant, restart the agent, which measures anew",
+        ),
         "host.identity-missing": Entry("this host has no identity", "run `sealane init`"),
         "host.store": Entry(
             "the journal cannot be read or written", "look at the free space and the permissions of the state directory"

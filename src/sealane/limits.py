@@ -16,6 +16,14 @@ RECORD_PAYLOAD_MAX: Final = 512 * KIB
 # One channel message (hello, prepare, ticket …): the largest is `prepare` with its list of capabilities, about 4 KiB.
 CHANNEL_MESSAGE_MAX: Final = 64 * KIB
 
+# Evidence of one host with its logs: quotes are some KiB, a boot log 50 KiB, an IMA log of a busy host up to 10 MiB. Only a
+# peer whose certificate is trusted can send it.
+EVIDENCE_MAX: Final = 16 * MIB
+# One answer of the quoting process: measuring a QEMU that is new (30 MiB to read) and a TPM's signature, 1 s with the slowest.
+QUOTE_TIMEOUT_S: Final = 10.0
+# How often a long copy attests anew where the settings do not say otherwise.
+REATTEST_EVERY_S: Final = 600.0
+
 # One ecall or ocall between agent and enclave: a channel message and its envelope must fit.
 ECALL_MESSAGE_MAX: Final = 128 * KIB
 

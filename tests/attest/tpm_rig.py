@@ -102,6 +102,8 @@ class TpmRig:
     leave_out: tuple[str, ...] = ("values",)
     values: dict[int, bytes] | None = None
     root: str = "software"
+    platform: tuple[bytes, ...] = ()
+    told_platform: bytes | None = None
 
     def __post_init__(self) -> None:
         self.key: Any = (
@@ -138,6 +140,8 @@ class TpmRig:
             if self.padded and encoded:
                 step = hashlib.sha1(encoded).digest().ljust(size, b"\0")
             values[10] = hashlib.new(self.bank, values[10] + step).digest()
+        for line in self.platform:
+            values[13] = hashlib.new(self.bank, values[13] + hashlib.new(self.bank, line).digest()).digest()
         return values
 
     def quote(self) -> bytes:
@@ -191,9 +195,10 @@ class TpmRig:
             "key": self.public(),
             "boot": encode_legacy_log(told) if self.legacy else encode_event_log(told),
             "ima": "".join(f"{line}\n" for line in lines).encode(),
+            "platform": self.told_platform or b"".join(line + b"\n" for line in self.platform),
             "values": f'{{"pcrs": {{"{self.bank}": {{{pcrs}}}}}}}'.encode(),
         }
-        return {name: data for name, data in files.items() if name not in self.leave_out}
+        return {name: data for name, data in files.items() if name not in self.leave_out and data}
 
     def reference(self, **changes: Any) -> Reference:
         pcrs = {str(pcr): [value.hex()] for pcr, value in replay(self.events, "sha256").items() if pcr < 10}

@@ -23,7 +23,6 @@ whether trying again can help. This page is made from `src/sealane/errors.py`.
 | 1 | the interpreter failed, or the output could not be written; for `attest verify`: the evidence is refused |
 """
 _ERRORS_TAIL = """\
-| 4 | kept for attestation; not used yet |
 | 130 | Ctrl-C; for `migrate`: the second one, which leaves the migration to the agent |
 
 `doctor` exits with 5 when something is broken, and with 0 when there are only warnings.

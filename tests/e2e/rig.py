@@ -203,8 +203,9 @@ class Rig:
             words = sorted(_command(pid) for pid in end.processes() if pid not in launchers)
             machines = [each for each in words if "qemu-system" in each]
             agents = [each for each in words if "sealane.cli agent" in each]
-            others = [each for each in words if each not in machines + agents]
-            if len(machines) != qemus or len(agents) != 1 or len(launchers) > 1 or others:
+            quoting = [each for each in words if "sealane.quoting" in each]
+            others = [each for each in words if each not in machines + agents + quoting]
+            if len(machines) != qemus or len(agents) != 1 or len(launchers) > 1 or len(quoting) > 1 or others:
                 found.append(f"{end.name} has {words}")
             if sockets := list((end.host.paths.run / "m").glob("*")):
                 found.append(f"{end.name} has {sockets}")

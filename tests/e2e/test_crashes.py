@@ -135,7 +135,10 @@ def test_source_qemu_killed() -> None:
         assert attempt.destination.state == "aborted"
         codes = {"vm.unreachable", "migration.destination-died"}
         assert attempt.destination_code in codes, attempt.destination.problem
-        wait(lambda: len(rig.home.processes()) == len(rig.away.processes()) == 2, "only agents and launchers are left")
+        wait(
+            lambda: len(rig.home.processes()) == len(rig.away.processes()) == 3,
+            "only agents, launchers and quoting processes are left",
+        )
         with rig.home.client() as client:
             assert client.vm(rig.guest.name).state == "absent"
         rig.guest.machines[rig.home.name].stop()

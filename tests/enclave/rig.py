@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -34,7 +34,8 @@ from sealane.enclave.interface import (
 )
 from sealane.enclave.launcher import PACKET_MAX, REQUEST, STARTED
 from sealane.session.preface import PREFACE_BYTES, ConnectionKind, Preface, parse_preface
-from tests.session.rig import DESTINATION, MIGRATION, NOW, SOURCE
+from tests.enclave.quoting import Quote, quoting_line
+from tests.session.rig import DESTINATION, MIGRATION, NOW, SOURCE, SUBJECT
 
 T = TypeVar("T", bound=Ocall)
 # A hung enclave fails a test after this; nothing waits so long when all is well.
@@ -172,6 +173,8 @@ class Pair:
     source: Enclave
     destination: Enclave
     directory: Path
+    quotes: dict[str, Quote] = field(default_factory=dict)
+    reattest_every_s: float = 600.0
 
     def __post_init__(self) -> None:
         self.vms: dict[int, tuple[socket.socket, socket.socket]] = {}
@@ -181,6 +184,8 @@ class Pair:
     def begin(self, enclave: Enclave, connection: socket.socket, **trusted: str) -> None:
         """Begin with the usual facts."""
         role, peer = ("source", DESTINATION) if enclave is self.source else ("destination", SOURCE)
+        line, thread = quoting_line(enclave.identity, quote=self.quotes.get(role))
+        self.threads.append(thread)
         enclave.call(
             Begin(
                 role=role,
@@ -190,8 +195,12 @@ class Pair:
                 trusted=trusted or {peer.fingerprint: peer.name},
                 protection="sealed",
                 now=NOW.isoformat(),
+                vm=SUBJECT.vm if role == "source" else "",
+                epoch=SUBJECT.epoch if role == "source" else 0,
+                reattest_every_s=self.reattest_every_s,
             ),
             connection,
+            line,
         )
 
     def meet(self) -> tuple[PeerEstablished, PeerEstablished]:

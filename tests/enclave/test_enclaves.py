@@ -1,5 +1,6 @@
 """Two real enclave processes: what they carry, how they end, and what they gave up."""
 
+import json
 import os
 import random
 import signal
@@ -27,7 +28,7 @@ from sealane.limits import CHANNEL_MESSAGE_MAX
 from sealane.seal.records import OVERHEAD_BYTES
 from sealane.session.channel import FrameKind, encode_frame
 from tests.enclave.rig import Pair, open_descriptors, passing, receive_exactly, tcp_pair, two_enclaves
-from tests.session.rig import DESTINATION, SOURCE, STRANGER, hello_of
+from tests.session.rig import DESTINATION, SOURCE, STRANGER, SUBJECT, hello_of
 
 
 @pytest.fixture
@@ -53,8 +54,13 @@ def finish(pair: Pair) -> None:
 def test_they_meet_talk_and_part(pair: Pair) -> None:
     at_source, at_destination = pair.meet()
     facts = ("TLSv1.3", "X25519MLKEM768", "TLS_AES_256_GCM_SHA384")
-    assert at_source == PeerEstablished("destination", DESTINATION.fingerprint, *facts)
-    assert at_destination == PeerEstablished("source", SOURCE.fingerprint, *facts)
+    for met, peer in ((at_source, DESTINATION), (at_destination, SOURCE)):
+        expected = PeerEstablished(peer.name, peer.fingerprint, *facts, SUBJECT.vm, SUBJECT.epoch, met.verdict)
+        assert met == expected
+        verdict = json.loads(met.verdict)
+        assert verdict["accepted"]
+        assert verdict["level"] == 1
+        assert [one["root"] for one in verdict["evidence"]] == ["software key (identity only)"]
     for one, other in ((pair.source, pair.destination), (pair.destination, pair.source)):
         for words in ("hello", "é" * 10, "x" * CHANNEL_MESSAGE_MAX):
             one.call(SendMessage(words))
@@ -342,4 +348,4 @@ def test_an_enclave_inherits_one_socket_and_no_environment(pair: Pair) -> None:
     names = {entry.partition(b"=")[0] for entry in (process / "environ").read_bytes().split(b"\0") if entry}
     assert names == {b"LANG", b"OPENBLAS_NUM_THREADS"}
     kinds = [os.readlink(entry).partition(":")[0] for entry in (process / "fd").iterdir()]
-    assert kinds.count("socket") == 4  # calls, the channel, and the pair that wakes the loop
+    assert kinds.count("socket") == 5  # calls, the channel, the quoting process, and the pair that wakes the loop

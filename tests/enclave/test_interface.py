@@ -89,7 +89,9 @@ def test_what_does_not_fit(packet: bytes) -> None:
 
 
 def test_trusted_is_a_mapping_of_strings() -> None:
-    good = json.loads(encode_call(Begin("source", "0" * 32, "key", "certificate", {"a": "b"}, "sealed", "now")))
+    good = json.loads(
+        encode_call(Begin("source", "0" * 32, "key", "certificate", {"a": "b"}, "sealed", "now", "vm", 1, 9.0))
+    )
     for spoiled in ({"a": 1}, ["a"], "a", None):
         with pytest.raises(InternalError):
             parse_call(json.dumps({**good, "trusted": spoiled}).encode())
@@ -102,7 +104,7 @@ def test_the_largest_message_fits_and_more_does_not() -> None:
 
 
 def test_keys_are_not_in_reprs() -> None:
-    begin = Begin("source", "0" * 32, "SECRET KEY", "certificate", {}, "sealed", "now")
+    begin = Begin("source", "0" * 32, "SECRET KEY", "certificate", {}, "sealed", "now", "vm", 1, 9.0)
     assert "SECRET" not in repr(begin)
 
 

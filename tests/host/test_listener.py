@@ -21,6 +21,7 @@ from sealane.host.migration.enclave_launcher import EnclaveLauncher
 from sealane.host.models import Peer
 from sealane.limits import LANES_MAX, PENDING_CONNECTIONS_MAX, UNPROVEN_ENCLAVES_MAX
 from sealane.session.preface import ConnectionKind, Preface, encode_preface
+from tests.enclave.quoting import quoting_line
 from tests.enclave.rig import open_descriptors
 from tests.session.rig import DESTINATION, SOURCE
 
@@ -362,7 +363,15 @@ async def test_real_enclaves_of_strangers_are_bounded_and_all_gone_afterwards() 
     before = open_descriptors()
     launcher = EnclaveLauncher()
     peers = SimpleNamespace(list=lambda: [Peer(name="source", fingerprint=SOURCE.fingerprint)])
-    context = cast(MigrationContext, SimpleNamespace(identity=DESTINATION, peers=peers, launcher=launcher))
+    facts = SimpleNamespace(
+        identity=DESTINATION,
+        peers=peers,
+        launcher=launcher,
+        settings=Settings(),
+        registry=SimpleNamespace(definitions=dict),
+        quoting=SimpleNamespace(connect=lambda pid, binaries: quoting_line(DESTINATION)[0]),
+    )
+    context = cast(MigrationContext, facts)
     port = Port(PeerListener(context, Settings(listen="127.0.0.1", port=0)), [])
     await port.listener.start()
     most = 0

@@ -1,7 +1,6 @@
 """The channel, as transcripts of both ends in memory."""
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable
 
@@ -37,6 +36,7 @@ from tests.session.rig import (
     NOW,
     SOURCE,
     STRANGER,
+    SUBJECT,
     End,
     Puppet,
     carry,
@@ -62,8 +62,12 @@ def established(sizes: list[int] | None = None) -> tuple[End, End]:
 def test_both_ends_know_each_other_and_record_the_group(sizes: list[int]) -> None:
     source, destination = established(sizes)
     facts = ("TLSv1.3", PREFERRED_GROUP, "TLS_AES_256_GCM_SHA384")
-    assert source.events == [Established("destination", DESTINATION.fingerprint, *facts)]
-    assert destination.events == [Established("source", SOURCE.fingerprint, *facts)]
+    for end, peer in ((source, DESTINATION), (destination, SOURCE)):
+        (event,) = end.events
+        assert isinstance(event, Established)
+        assert event == Established(peer.name, peer.fingerprint, *facts, event.attested)
+        assert event.attested.subject == SUBJECT
+        assert event.attested.verdict.accepted
     assert PREFERRED_GROUP == "X25519MLKEM768"
 
 
@@ -99,12 +103,12 @@ def test_migration_secrets_are_equal_here_and_different_elsewhere() -> None:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_the_secret_is_the_exporters_over_both_hellos(role: Role) -> None:
+def test_the_secret_is_that_of_the_attested_peer(role: Role) -> None:
     peer = puppet(role)
-    end = peer.say(FrameKind.HELLO, hello_of(role).encode())
-    hellos = hello_of("source").encode() + hello_of("destination").encode()
-    by_hand = peer.tls.export(b"EXPORTER-sealane-lanes", hashlib.sha256(hellos).digest(), 32)
-    assert end.channel.migration_secret() == by_hand
+    peer.say(FrameKind.HELLO, hello_of(role).encode())
+    end = peer.attest()
+    assert peer.attested is not None
+    assert end.channel.migration_secret() == peer.attested.secret
 
 
 def test_no_secret_and_no_message_before_the_hellos() -> None:
@@ -333,7 +337,9 @@ def puppet(role: Role) -> Puppet:
 
 @pytest.mark.parametrize("role", ROLES)
 def test_a_fitting_hello_by_hand(role: Role) -> None:
-    end = puppet(role).say(FrameKind.HELLO, hello_of(role).encode())
+    peer = puppet(role)
+    assert peer.say(FrameKind.HELLO, hello_of(role).encode()).events == []
+    end = peer.attest()
     assert end.error is None
     assert [type(event) for event in end.events] == [Established]
 
@@ -480,9 +486,9 @@ def test_any_bytes_are_frames_or_one_error(data: bytes) -> None:
 
 @pytest.mark.parametrize(
     "header",
-    [bytes([0, 0, 0, 0, 3]), bytes([0, 0, 0, 2, 0]), bytes([0, 0, 0, 2, 5]), (CHANNEL_MESSAGE_MAX + 2).to_bytes(4, "big") + b"\3",
+    [bytes([0, 0, 0, 0, 3]), bytes([0, 0, 0, 2, 0]), bytes([0, 0, 0, 2, 6]), (CHANNEL_MESSAGE_MAX + 2).to_bytes(4, "big") + b"\3",
      b"\xff\xff\xff\xff\3"],
-    ids=["no kind", "kind 0", "kind 5", "a byte too long", "4 GiB"],
+    ids=["no kind", "kind 0", "kind 6", "a byte too long", "4 GiB"],
 )  # fmt: skip
 def test_a_frame_is_judged_by_its_header_alone(header: bytes) -> None:
     with pytest.raises(PeerError, match=r"peer\.message"):

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final, TypeAlias, TypeVar
 
-from sealane.attest import eventlog, ima, quotes, snp, tpm
+from sealane.attest import eventlog, ima, platformlog, quotes, snp, software, tpm
 from sealane.attest.certtable import looks_like_table, parse_table
 from sealane.attest.collateral import Collateral, parse_json_collateral
 from sealane.attest.dcap import appraise_quote
 from sealane.attest.measured import TpmEvidence, appraise_boot_log, appraise_runtime_log, appraise_tpm
+from sealane.attest.platform import judge_platform_log
 from sealane.attest.reading import EVIDENCE_BYTES_MAX
 from sealane.attest.reasons import Level
 from sealane.attest.reference import NO_REFERENCE, Reference
@@ -37,6 +38,8 @@ class Material:
     pcr_values: list[tuple[str, tpm.PcrValues]] = field(default_factory=list)
     boot_logs: list[tuple[str, eventlog.EventLog]] = field(default_factory=list)
     runtime_logs: list[tuple[str, ima.ImaLog]] = field(default_factory=list)
+    platform_logs: list[tuple[str, platformlog.PlatformLog]] = field(default_factory=list)
+    statements: list[tuple[str, software.SoftwareStatement]] = field(default_factory=list)
     collateral: Collateral = field(default_factory=Collateral)
     kinds: list[tuple[str, str]] = field(default_factory=list)
 
@@ -70,11 +73,23 @@ def appraise(material: Material, reference: Reference = NO_REFERENCE, *, now: da
         if not tied:
             found += [appraise_boot_log(log, reference, name) for name, log in material.boot_logs]
         found += [appraise_runtime_log(log, reference, name) for name, log in material.runtime_logs]
+    platform = material.platform_logs[0][1] if len(material.platform_logs) == 1 else None
+    for name, statement in material.statements:
+        found.append(software.appraise_software(statement, platform, reference, name))
+    if not material.tpm_quotes and not material.statements:
+        found += [_unquoted(log, reference, name) for name, log in material.platform_logs]
     if not found:
         findings = Findings("evidence")
         findings.add("evidence.none", "nothing that was given is evidence (a quote, a report or a log)")
         found.append(conclude(findings, kind="nothing", ceiling=Level.NOTHING))
     return Verdict(tuple(found), reference.wanted)
+
+
+def _unquoted(log: platformlog.PlatformLog, reference: Reference, name: str) -> Appraisal:
+    findings = Findings(name)
+    findings.add("platform.unquoted", "nothing signs this log: anybody can have written it")
+    judge_platform_log(log, reference, findings)
+    return conclude(findings, kind="platform log", ceiling=Level.HARDWARE_ROOTED)
 
 
 def _appraise_tpm(material: Material, reference: Reference) -> Appraisal:
@@ -86,6 +101,7 @@ def _appraise_tpm(material: Material, reference: Reference) -> Appraisal:
         "files of PCR values": material.pcr_values,
         "boot logs": material.boot_logs,
         "IMA logs": material.runtime_logs,
+        "platform logs": material.platform_logs,
     }
     several = [what for what, things in parts.items() if len(things) > 1]
     if several:
@@ -99,6 +115,7 @@ def _appraise_tpm(material: Material, reference: Reference) -> Appraisal:
         values=_only(material.pcr_values),
         boot_log=_only(material.boot_logs),
         runtime_log=_only(material.runtime_logs),
+        platform_log=_only(material.platform_logs),
     )
     return appraise_tpm(evidence, reference, name)
 
@@ -118,6 +135,10 @@ def _take_json(material: Material, name: str, data: bytes) -> str:
     if values is not None:
         material.pcr_values.append((name, values))
         return "PCR values"
+    statement = software.parse_statement(data)
+    if statement is not None:
+        material.statements.append((name, statement))
+        return "software statement"
     found = parse_json_collateral(data)
     if found is None:
         raise EvidenceError("attest.unknown-kind", f"{name}: JSON that is neither collateral nor PCR values")
@@ -175,6 +196,11 @@ def _take_table(material: Material, name: str, data: bytes) -> None:
 # Kind, how it is recognised, what is done with it. The first that fits decides, the most telling magic first.
 _KINDS: Final[tuple[tuple[str, Callable[[bytes], bool], _Take], ...]] = (
     ("TPM quote", tpm.looks_like_quote, _into(lambda one: one.tpm_quotes, tpm.parse_tpm_quote)),
+    (
+        "platform log",
+        platformlog.looks_like_platform_log,
+        _into(lambda one: one.platform_logs, platformlog.parse_platform_log),
+    ),
     ("JSON", lambda data: data.lstrip()[:1] == b"{", _take_json),
     ("IMA log", ima.looks_like_ima, _into(lambda one: one.runtime_logs, ima.parse_ima_log)),
     ("SEV-SNP report", snp.looks_like_report, _into(lambda one: one.snp_reports, snp.parse_report)),

@@ -15,6 +15,8 @@ from typing import Final
 from sealane.attest.eventlog import EventLog
 from sealane.attest.expect import check_binding, check_host
 from sealane.attest.ima import ImaLog
+from sealane.attest.platform import judge_platform_log
+from sealane.attest.platformlog import PlatformLog
 from sealane.attest.reasons import Claim, Level
 from sealane.attest.reference import Reference, TpmReference
 from sealane.attest.tpm import PcrValues, TpmKey, TpmQuote, TpmSignature
@@ -22,6 +24,8 @@ from sealane.attest.verdict import Appraisal, Findings, conclude
 from sealane.crypto.signatures import SignatureInvalid
 
 BOOT_PCRS: Final = tuple(range(8))
+# Where Sealane's log can be: the operating system's. 16 and 23 can be set back at any time, and 17 to 22 by a launch.
+LOG_PCRS: Final = tuple(range(8, 16))
 _WEAK: Final = ("sha1", "md5")
 _MEASURED_LEAST: Final = 2  # boot_aggregate and one file
 _SHOWN: Final = 3  # how many files of a long list a sentence names
@@ -37,6 +41,7 @@ class TpmEvidence:
     values: PcrValues | None = None
     boot_log: EventLog | None = None
     runtime_log: ImaLog | None = None
+    platform_log: PlatformLog | None = None
 
 
 def appraise_tpm(evidence: TpmEvidence, reference: Reference, about: str) -> Appraisal:
@@ -132,6 +137,10 @@ def _judge_pcrs(evidence: TpmEvidence, expected: TpmReference, reference: Refere
     if values is not None:
         _judge_reference(expected, {bank: {pcr: values[bank][pcr] for pcr in quoted}}, findings)
     _judge_runtime(evidence, quoted, bank, values, reference, findings)
+    if evidence.platform_log is not None:
+        _judge_platform(evidence.platform_log, bank, values, reference, findings)
+    elif reference.platform is not None:
+        findings.add("platform.log-missing", "no platform log came: enclave, QEMU and kernel are not known")
 
 
 def _explain(evidence: TpmEvidence, bank: str, findings: Findings) -> dict[str, dict[int, bytes]] | None:
@@ -272,6 +281,20 @@ def _judge_runtime(
     _judge_entries(log, count, reference, findings)
     if not findings.refused:
         findings.affirm(Claim.EXECUTABLES)
+
+
+def _judge_platform(
+    log: PlatformLog,
+    bank: str,
+    values: Mapping[str, Mapping[int, bytes]] | None,
+    reference: Reference,
+    findings: Findings,
+) -> None:
+    if values is None:
+        findings.add("tpm.pcr-digest", "without PCR values the platform log cannot be tied to the quote")
+    elif log.replay(bank) not in {values[bank].get(pcr) for pcr in LOG_PCRS}:
+        findings.add("platform.replay", "the platform log does not replay to any PCR that is quoted")
+    judge_platform_log(log, reference, findings)
 
 
 def _quoted_entries(log: ImaLog, bank: str, target: bytes) -> int | None:

@@ -82,6 +82,7 @@ _VCEK: Final = "AMD 57230, 3"
 _TPM: Final = "TPM 2.0 Library, part 2, 10.12"
 _PFP: Final = "TCG PC Client PFP, 10"
 _IMA: Final = "Linux, security/integrity/ima"
+_LOGS: Final = "Shi et al. 2017, measurement log; docs/attestation.md"
 _RATS: Final = "RFC 9334, 8"
 _FRESH: Final = "RFC 9334, 10"
 
@@ -178,10 +179,21 @@ REASONS: Final[Mapping[str, Rule]] = {
     "ima.boot-aggregate": _refuse(f"{_IMA}, boot_aggregate", Claim.EXECUTABLES),
     "ima.unproved-tail": _note(f"{_IMA}, the list grows"),
     "ima.weak-digest": _weaken(Level.MEASURED_SOFTWARE, "NIST SP 800-131A, 9", Claim.EXECUTABLES, WARNING),
+    # Sealane's own log, and hosts without a root of trust
+    "platform.log-missing": _weaken(Level.MEASURED_SOFTWARE, _LOGS, Claim.EXECUTABLES, NO_CLAIM),
+    "platform.unquoted": _weaken(Level.NOTHING, _LOGS),
+    "platform.replay": _refuse(_LOGS, Claim.EXECUTABLES),
+    "platform.entry": _refuse(_LOGS, Claim.EXECUTABLES),
+    "software.plain-key": _weaken(Level.IDENTITY, "RFC 9334, 12.1 (attester's key)", Claim.HARDWARE, NO_CLAIM),
+    "software.signature": _refuse("RFC 8032, 5.1.7", Claim.INSTANCE_IDENTITY, CRYPTO_FAILED),
+    "software.key-unknown": _refuse("RFC 9334, 12.1 (attester's key)", Claim.INSTANCE_IDENTITY, UNRECOGNIZED),
     # what is expected
     "reference.none": _weaken(Level.IDENTITY, _RATS, Claim.EXECUTABLES, NO_CLAIM),
     "reference.runtime-none": _weaken(Level.MEASURED_SOFTWARE, _RATS, Claim.EXECUTABLES, APPROVED_BOOT),
     "reference.mismatch": _refuse(_RATS, Claim.EXECUTABLES),
+    "reference.enclave": _refuse(_RATS, Claim.EXECUTABLES),
+    "reference.qemu": _refuse(_RATS, Claim.EXECUTABLES),
+    "reference.platform-none": _weaken(Level.MEASURED_SOFTWARE, _RATS, Claim.EXECUTABLES, APPROVED_BOOT),
     "reference.host-unnamed": _weaken(Level.MEASURED_SOFTWARE, _RATS, Claim.INSTANCE_IDENTITY, NO_CLAIM),
     "reference.host": _refuse(_RATS, Claim.INSTANCE_IDENTITY, UNRECOGNIZED),
     "binding.empty": _refuse(_FRESH, Claim.INSTANCE_IDENTITY),

@@ -100,8 +100,25 @@ class ImaReference(_Strict):
     digests: list[str]
 
 
+class PlatformReference(_Strict):
+    """Sealane's own log: each list that is given has to hold every entry of its kind, of which there must be one."""
+
+    enclave_manifest: list[str] | None = None
+    qemu: list[str] | None = None
+    libvirt: list[str] | None = None
+    module: list[str] | None = None
+    kernel: list[str] | None = None
+    command_line: list[str] | None = None
+    iommu: list[str] | None = None
+    smt: list[str] | None = None
+
+
 class Reference(_Strict):
-    """A reference file. What it leaves out is not expected, and lowers the level."""
+    """A reference file. What it leaves out is not expected, and lowers the level.
+
+    `peers` names each peer's hardware (as `hosts` does); `identity_key` is the SHA-256 of the SubjectPublicKeyInfo under
+    which a host without a root of trust speaks. A migration sets it, and `user_data`, itself.
+    """
 
     version: Literal[1]
     minimum_level: Annotated[int, Field(ge=0, le=4)] = 1
@@ -115,6 +132,13 @@ class Reference(_Strict):
     snp: SnpReference | None = None
     tpm: TpmReference | None = None
     ima: ImaReference | None = None
+    platform: PlatformReference | None = None
+    peers: dict[str, list[str]] | None = None
+    identity_key: Hex | None = None
+
+    def for_peer(self, name: str) -> "Reference":
+        """With `peers`, only this peer's hardware counts as its own; a peer that is not listed has none."""
+        return self if self.peers is None else self.model_copy(update={"hosts": self.peers.get(name, [])})
 
     @property
     def wanted(self) -> Level:

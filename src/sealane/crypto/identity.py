@@ -92,6 +92,17 @@ def load_key(pem: bytes) -> Ed25519PrivateKey:
     return key
 
 
+def sign(key_pem: bytes, message: bytes) -> bytes:
+    """An identity's signature (RFC 8032), 64 bytes; `signatures.PublicKey.verify_ed25519` is its counterpart."""
+    return load_key(key_pem).sign(message)
+
+
+def public_key(key_pem: bytes) -> bytes:
+    """The public half of an identity's key as SubjectPublicKeyInfo (DER)."""
+    form = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return load_key(key_pem).public_key().public_bytes(*form)
+
+
 def load_identity_pem(key_pem: bytes, certificate_pem: bytes) -> Identity:
     """Key and certificate (PEM) as an identity; raises ValueError where they do not belong together."""
     key = load_key(key_pem)

@@ -98,6 +98,12 @@ class TlsConnection:
         """The fingerprint of the certificate whose key the peer has proved to hold."""
         return fingerprint(self._peer_certificate().public_bytes(serialization.Encoding.DER))
 
+    @property
+    def peer_public_key(self) -> bytes:
+        """The key of that certificate, as SubjectPublicKeyInfo (DER)."""
+        form = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+        return self._peer_certificate().public_key().public_bytes(*form)
+
     def check_peer_validity(self, now: datetime) -> None:
         """Raise `peer.expired`, `peer.not-yet-valid`, or `peer.tls` for a key that is not Ed25519 (RFC 5280, 4.1.2.5)."""
         certificate = self._peer_certificate()

@@ -3,7 +3,7 @@
 They cross one SOCK_SEQPACKET socket pair, one JSON object a packet, file descriptors beside them (SCM_RIGHTS). Nothing
 else connects the two processes but the descriptors that are handed over. Order:
 
-    agent    Begin + channel          the enclave ends TLS on this connection
+    agent    Begin + channel, quoting the enclave ends TLS on the first, and has evidence made through the second
     enclave  PeerEstablished
     both     SendMessage / Message    the agents talk, in what order they like
     agent    ExpectLanes                            (destination)
@@ -42,7 +42,11 @@ LAUNCHER_ENVIRONMENT: Final[dict[str, str]] = {"LANG": "C.UTF-8", "OPENBLAS_NUM_
 
 @dataclass(frozen=True)
 class Begin:
-    """Open the channel on the descriptor. `trusted` maps fingerprints to names; `now` is ISO 8601 with an offset."""
+    """Open the channel on the first descriptor; the second leads to the quoting process.
+
+    `trusted` maps fingerprints to names; `now` is ISO 8601 with an offset. `vm` and `epoch` are what is migrated, at a source;
+    a destination hears them (empty and 0).
+    """
 
     role: str
     migration: str
@@ -51,6 +55,9 @@ class Begin:
     trusted: dict[str, str]
     protection: str
     now: str
+    vm: str
+    epoch: int
+    reattest_every_s: float
 
 
 @dataclass(frozen=True)
@@ -133,13 +140,20 @@ class TellClasses:
 
 @dataclass(frozen=True)
 class PeerEstablished:
-    """The peer is known, its certificate valid, and its hello fits."""
+    """The peer is known, its certificate valid, its hello fits, and both ends accepted the other's evidence.
+
+    `vm` and `epoch` are what both ends' evidence names; `verdict` is what this end found of the peer (JSON, as
+    `sealane.attest.peer.summarise` makes it).
+    """
 
     peer_name: str
     peer_fingerprint: str
     tls_version: str
     kex_group: str
     cipher: str
+    vm: str
+    epoch: int
+    verdict: str
 
 
 @dataclass(frozen=True)

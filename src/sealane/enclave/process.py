@@ -7,17 +7,20 @@ reason follows within GRACE_S, that one is told instead.
 
 import contextlib
 import hashlib
+import json
 import os
 import queue
 import resource
 import selectors
 import socket
 import time
-from collections.abc import Callable
-from datetime import datetime
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final
 
+from sealane.attest.asking import EvidenceAsked, PolicyWanted
+from sealane.attest.peer import summarise
 from sealane.crypto.aead import CIPHER_NAME
 from sealane.crypto.identity import load_identity_pem
 from sealane.enclave import lane as lanes
@@ -47,11 +50,24 @@ from sealane.enclave.interface import (
     WatchGuest,
 )
 from sealane.enclave.monitor import Classified
+from sealane.enclave.quoting import QuotingLine, make_judge_maker
 from sealane.enclave.watching import GuestWatch, answer_of
 from sealane.errors import InternalError, PeerError, SealaneError, make_error
 from sealane.limits import LANES_MAX
 from sealane.seal.keys import lane_token
-from sealane.session.channel import Channel, Established, MessageReceived, PeerRefused, PeerSaidBye, Role
+from sealane.session.attestation import Subject
+from sealane.session.channel import (
+    Attestor,
+    Channel,
+    Established,
+    Event,
+    EvidenceWanted,
+    MessageReceived,
+    PeerRefused,
+    PeerSaidBye,
+    Reattested,
+    Role,
+)
 from sealane.session.preface import ConnectionKind, Preface, encode_preface
 
 GRACE_S: Final = 2.0
@@ -76,6 +92,8 @@ class Enclave:
         self._guest = GuestWatch(self._post)
         self._channel: Channel | None = None
         self._connection: socket.socket | None = None
+        self._quoting: QuotingLine | None = None
+        self._attested_at = self._reattest_every_s = 0.0
         self._outgoing = b""
         self._migration = ""
         self._is_source = False
@@ -118,6 +136,9 @@ class Enclave:
         now = self._clock()
         if self._suspended is not None and now >= self._suspended_until:
             self._end(self._suspended, by_peer=False)
+        if self._quoting is not None:
+            self._quoting.check_time()
+        self._attest_again(now)
         if self._lanes and now - self._counted_at >= COUNTERS_EVERY_S:
             self._counted_at = now
             self._tell(Counters(*self._count()))
@@ -153,11 +174,19 @@ class Enclave:
             case Finish():
                 self._finish()
 
-    def _begin(self, call: Begin, connection: socket.socket) -> None:
-        if self._channel is not None or call.role not in {"source", "destination"}:
+    def _begin(self, call: Begin, connection: socket.socket, quoting: socket.socket) -> None:
+        if self._connection is not None or call.role not in {"source", "destination"}:
             raise InternalError("internal.error", "a second Begin, or one without a role")
-        role: Role = "source" if call.role == "source" else "destination"
-        self._is_source, self._migration = role == "source", call.migration
+        self._is_source, self._migration = call.role == "source", call.migration
+        self._connection, self._quoting = connection, QuotingLine(quoting, self._clock)
+        self._reattest_every_s = call.reattest_every_s
+        connection.setblocking(False)
+        self._selector.register(quoting, selectors.EVENT_READ, self._on_quoting)
+        self._quoting.ask(PolicyWanted(), lambda policy: self._open_channel(call, policy))
+
+    def _open_channel(self, call: Begin, policy: dict[str, bytes]) -> None:
+        begun, started = datetime.fromisoformat(call.now), self._clock()
+        role: Role = "source" if self._is_source else "destination"
         self._channel = Channel(
             load_identity_pem(call.key_pem.encode(), call.certificate_pem.encode()),
             role=role,
@@ -165,13 +194,15 @@ class Enclave:
             trusted=call.trusted,
             protection=call.protection,
             cipher=CIPHER_NAME,
-            now=datetime.fromisoformat(call.now),
+            now=begun,
+            attestor=Attestor(
+                Subject(call.vm, call.epoch) if self._is_source else None,
+                make_judge_maker(policy, lambda: begun + timedelta(seconds=self._clock() - started)),
+            ),
         )
-        self._connection = connection
-        connection.setblocking(False)
         if self._is_source:
             self._outgoing = encode_preface(Preface(ConnectionKind.CHANNEL, bytes.fromhex(call.migration)))
-        self._selector.register(connection, selectors.EVENT_READ, self._on_channel)
+        self._selector.register(self._need_connection(), selectors.EVENT_READ, self._on_channel)
 
     def _finish(self) -> None:
         if self._channel is not None:  # there is none where only the guest's pages were asked about
@@ -192,9 +223,18 @@ class Enclave:
             raise InternalError("internal.error", "no channel yet")
         return self._channel
 
+    def _need_connection(self) -> socket.socket:
+        if self._connection is None:
+            raise InternalError("internal.error", "no connection yet")
+        return self._connection
+
+    def _need_quoting(self) -> QuotingLine:
+        if self._quoting is None:
+            raise InternalError("internal.error", "no quoting process yet")
+        return self._quoting
+
     def _on_channel(self) -> None:
-        channel, connection = self._need_channel(), self._connection
-        assert connection is not None  # noqa: S101 - registered with the channel
+        channel, connection = self._need_channel(), self._need_connection()
         try:
             data = connection.recv(_CHANNEL_READ_BYTES)
         except (BlockingIOError, InterruptedError):
@@ -205,14 +245,18 @@ class Enclave:
         if not data:
             self._stop_reading()
             channel.ended()
-        for event in channel.receive(data):
+        self._on_events(channel.receive(data))
+
+    def _on_events(self, events: Sequence[Event]) -> None:
+        for event in events:
             match event:
+                case EvidenceWanted():
+                    self._need_quoting().ask(EvidenceAsked(event.report_data, event.vm), self._on_evidence)
                 case Established():
-                    self._tell(
-                        PeerEstablished(
-                            event.peer_name, event.peer_fingerprint, event.tls_version, event.group, event.cipher
-                        )
-                    )
+                    self._attested_at = self._clock()
+                    self._tell_established(event)
+                case Reattested():
+                    self._attested_at = self._clock()
                 case MessageReceived():
                     self._tell_message(event.payload)
                 case PeerRefused():
@@ -220,6 +264,27 @@ class Enclave:
                 case PeerSaidBye():
                     self._tell(PeerFinished())
                     self._stop_reading()
+
+    def _on_quoting(self) -> None:
+        line = self._need_quoting()
+        if not line.on_readable():
+            self._selector.unregister(line.connection)
+
+    def _on_evidence(self, pieces: dict[str, bytes]) -> None:
+        self._on_events(self._need_channel().evidence_made(pieces))
+
+    def _tell_established(self, event: Established) -> None:
+        attested = event.attested
+        verdict = json.dumps(summarise(attested.verdict, attested.evidence))
+        who = (event.peer_name, event.peer_fingerprint, event.tls_version, event.group, event.cipher)
+        self._tell(PeerEstablished(*who, attested.subject.vm, attested.subject.epoch, verdict))
+
+    def _attest_again(self, now: float) -> None:
+        """During the copy, source only: every so often the peer has to show that it is still what it was."""
+        due = self._is_source and len(self._opened) == self._expected > 0 and not self._closed
+        if due and now - self._attested_at >= self._reattest_every_s:
+            self._attested_at = now
+            self._on_events(self._need_channel().attest_again())
 
     def _tell_message(self, payload: bytes) -> None:
         try:
@@ -321,6 +386,7 @@ class Enclave:
                 case lanes.Closed():
                     self._closed.add(event.lane)
                     if len(self._closed) == self._expected:
+                        self._need_channel().attest_no_more()
                         self._tell(self._summary())
 
     def _summary(self) -> LanesClosed:
@@ -373,7 +439,7 @@ class Enclave:
 
     def _close_all(self) -> None:
         self._close_lanes()
-        for end in (self._listener, self._connection):
+        for end in (self._listener, self._connection, self._quoting):
             if end is not None:
                 end.close()
         self._guest.close()

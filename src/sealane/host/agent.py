@@ -41,6 +41,7 @@ from sealane.host.models import (
 from sealane.host.notify import notify
 from sealane.host.peers import Peers
 from sealane.host.policy import UNKNOWN_CALLER, Caller, Move, load_policy
+from sealane.host.quoting import QuotingService
 from sealane.host.receipts.chain import Receipts
 from sealane.host.recovery import Recovery
 from sealane.host.registry import Registry
@@ -51,7 +52,6 @@ from sealane.paths import Paths
 RECOVERY_INTERVAL_S: Final = 5.0
 # How long open REST requests may take once the migrations have ended.
 API_GRACE_S: Final = 2
-ROOT_OF_TRUST: Final = "software key (identity only)"  # no evidence is given yet; the command line says the same
 
 
 class Listener(Protocol):
@@ -94,6 +94,7 @@ class Agent:
         self.registry = Registry(self.store, paths.config / VMS_FILE, self.jobs)
         self.listener = make_listener(self)
         self.launcher = EnclaveLauncher()
+        self.quoting = QuotingService(paths, settings.attestation)
         self._make_source = make_source
         self._stop = asyncio.Event()
 
@@ -108,7 +109,7 @@ class Agent:
             fingerprint=self.identity.fingerprint,
             not_after=self.identity.not_after,
             listen=str(getattr(self.listener, "address", None) or f"{configured}:{self.settings.port}"),
-            root_of_trust=ROOT_OF_TRUST,
+            root_of_trust=self.quoting.root_of_trust,
             migrations_active=self.jobs.active_count,
         )
 
@@ -198,6 +199,8 @@ class Agent:
         stack.push_async_callback(_cancelled, retry)
         stack.push_async_callback(self.launcher.stop)
         self.launcher.start()
+        stack.push_async_callback(self.quoting.stop)
+        self.quoting.start()
         await self.listener.start()
         stack.push_async_callback(self.listener.stop)
         server = _ApiServer(

@@ -21,6 +21,7 @@ AGENT_FILE: Final = "agent.toml"
 VMS_FILE: Final = "vms.toml"
 
 M = TypeVar("M", bound=Model)
+RootName = Literal["software", "tpm2", "simulated", "sgx", "tdx", "sev-snp"]
 
 
 def _default_name() -> str:
@@ -43,6 +44,45 @@ class LimitSettings(Model):
     launch_timeout_s: Annotated[
         float, Field(gt=0, le=3600, description="How long a launched QEMU may take to answer for the first time.")
     ] = limits.LAUNCH_TIMEOUT_S
+
+
+class AttestationSettings(Model):
+    """What this host shows to peers, and what it wants of them."""
+
+    drivers: Annotated[
+        list[RootName],
+        Field(min_length=1, description="Roots of trust that sign for this host; `software` says who it is, no more."),
+    ] = Field(default_factory=lambda: list[RootName](["software"]))
+    least_level: Annotated[
+        int, Field(ge=1, le=4, description="The least trust level of peers (docs/attestation.md); 1 is identity alone.")
+    ] = 1
+    reference_values: Annotated[str, Field(description="File of reference values for peers; empty expects none.")] = ""
+    reference_key: Annotated[
+        str, Field(description="Ed25519 public key (PEM) under which that file has to be signed; empty: unsigned.")
+    ] = ""
+    collateral: Annotated[
+        list[str],
+        Field(description="Files of collateral for peers with SGX, TDX or SEV-SNP, as `attest verify` takes them."),
+    ] = Field(default_factory=list)
+    accepted_test_roots: Annotated[
+        list[str],
+        Field(
+            description="Test roots of the reference file that count too, for tests only; `software-tpm` for software TPMs."
+        ),
+    ] = Field(default_factory=list)
+    tcti: Annotated[
+        str,
+        Field(max_length=256, description="Where the TPM is, as tpm2-tools have it; empty is `device:/dev/tpmrm0`."),
+    ] = ""
+    pcr: Annotated[int, Field(ge=8, le=15, description="The PCR that Sealane's own log extends.")] = 13
+    boot_log: Annotated[str, Field(description="The firmware's event log; empty is the kernel's usual place.")] = ""
+    runtime_log: Annotated[str, Field(description="IMA's log; empty is the kernel's usual place.")] = ""
+    simulated_root: Annotated[
+        str, Field(description="Directory of the `simulated` driver's test root, for tests only.")
+    ] = ""
+    again_every_s: Annotated[float, Field(gt=0, description="How often both ends of a long copy attest anew.")] = (
+        limits.REATTEST_EVERY_S
+    )
 
 
 class Settings(Model):
@@ -72,6 +112,7 @@ class Settings(Model):
         Literal["debug", "info", "warning", "error"], Field(description="The least severe lines that are written.")
     ] = "info"
     limits: LimitSettings = LimitSettings()
+    attestation: AttestationSettings = AttestationSettings()
 
 
 class _VmsFile(Model):
@@ -80,10 +121,12 @@ class _VmsFile(Model):
 
 def documented_keys() -> Iterator[tuple[str, str, str]]:
     """Each key of `agent.toml` with its default and its description, as (key, default, description)."""
-    for prefix, model in (("", Settings), ("limits.", LimitSettings)):
+    for prefix, model in (("", Settings), ("limits.", LimitSettings), ("attestation.", AttestationSettings)):
         for name, field in model.model_fields.items():
-            if name != "limits":
-                default = "the host's name" if field.default_factory else str(field.default)
+            if name not in {"limits", "attestation"}:
+                default = str(field.default)
+                if field.default_factory:
+                    default = "the host's name" if name == "name" else str(field.get_default(call_default_factory=True))
                 yield prefix + name, default, field.description or ""
 
 

@@ -6,20 +6,25 @@ A frame is `length u32 | kind u8 | payload`, length counting kind and payload. K
     REFUSE   instead of a hello, or at any time after it: JSON {"code", "detail"}; the migration ends for that reason
     MESSAGE  between the agents; opaque here
     BYE      everything is said
+    ATTEST   a piece of the attested handshake (`exchange`, `attestation`)
 
-Order: the TLS handshake, then one HELLO from each side, then MESSAGEs in either direction. The peer's certificate is
-judged after TLS and before its HELLO is read. A side that does not accept says so by REFUSE.
+Order: the TLS handshake, then one HELLO from each side, then ATTEST until both ends are attested, then MESSAGEs in either
+direction, and ATTEST again where a long copy attests anew. The peer's certificate is judged after TLS and before its HELLO
+is read. A side that does not accept says so by REFUSE.
 
-    migration secret = TLS-Exporter("EXPORTER-sealane-lanes", SHA-256(source hello || destination hello), 32)
+    context          = SHA-256(source's hello || destination's hello)
+    exporter         = TLS-Exporter("EXPORTER-sealane-attestation", context, 32)      what evidence is bound to
+    migration secret = HKDF-Expand(HKDF-Extract(exporter, both seeds), "sealane v1 migration" || T5, 32), T5: `attestation`
 
 The hellos name both certificates, the migration, the protection and the versions, so lanes open only where both ends
-saw the same ones.
+saw the same ones, and each accepted the other's evidence.
 """
 
 import hashlib
 import json
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from enum import IntEnum
@@ -29,11 +34,23 @@ from sealane.crypto.identity import Identity
 from sealane.crypto.tls import TlsConnection
 from sealane.errors import CATALOGUE, InternalError, PeerError, SealaneError, make_error
 from sealane.limits import CHANNEL_MESSAGE_MAX
+from sealane.session.attestation import (
+    Action,
+    Attestation,
+    Attested,
+    Conversation,
+    Judge,
+    Random,
+    Send,
+    Subject,
+    WantEvidence,
+)
+from sealane.session.exchange import AttestReader, End
 from sealane.session.preface import PROTOCOL_VERSION
 
 _FRAME: Final = struct.Struct(">IB")
-_LABEL: Final = b"EXPORTER-sealane-lanes"
-_SECRET_BYTES: Final = 32
+_LABEL: Final = b"EXPORTER-sealane-attestation"
+_EXPORTED_BYTES: Final = 32
 
 Role: TypeAlias = Literal["source", "destination"]
 
@@ -45,6 +62,7 @@ class FrameKind(IntEnum):
     REFUSE = 2
     MESSAGE = 3
     BYE = 4
+    ATTEST = 5
 
 
 @dataclass(frozen=True)
@@ -66,13 +84,32 @@ class Hello:
 
 @dataclass(frozen=True)
 class Established:
-    """Both sides accepted each other; the lanes' secret can be taken with `Channel.migration_secret`."""
+    """Both sides accepted each other; the lanes' secret can be taken with `Channel.migration_secret`.
+
+    `attested` has the verdict on the peer, and which VM and epoch both ends spoke of.
+    """
 
     peer_name: str
     peer_fingerprint: str
     tls_version: str
     group: str
     cipher: str
+    attested: Attested
+
+
+@dataclass(frozen=True)
+class EvidenceWanted:
+    """Have this quoted for this VM, and give the pieces to `Channel.evidence_made`."""
+
+    report_data: bytes
+    vm: str
+
+
+@dataclass(frozen=True)
+class Reattested:
+    """A later round is over; the peer is still what it was."""
+
+    attested: Attested
 
 
 @dataclass(frozen=True)
@@ -97,7 +134,19 @@ class PeerSaidBye:
     """The peer has nothing more to say."""
 
 
-Event: TypeAlias = Established | MessageReceived | PeerRefused | PeerSaidBye
+Event: TypeAlias = Established | EvidenceWanted | Reattested | MessageReceived | PeerRefused | PeerSaidBye
+
+
+@dataclass(frozen=True)
+class Attestor:
+    """What the attested handshake needs of this end. `subject` is what is migrated; None at a destination, which hears it.
+
+    `make_judge` gets the peer's name and the SHA-256 of its public key, and gives who appraises its evidence.
+    """
+
+    subject: Subject | None
+    make_judge: Callable[[str, str], Judge]
+    random: Random = os.urandom
 
 
 class FrameReader:
@@ -142,6 +191,7 @@ class Channel:
         protection: str,
         cipher: str,
         now: datetime,
+        attestor: Attestor,
     ) -> None:
         """`trusted` maps fingerprints to names: the destination's alone at a source, all that are known at a destination."""
         self._tls = TlsConnection(identity, "client" if role == "source" else "server")
@@ -150,6 +200,10 @@ class Channel:
         self._frames = FrameReader()
         self._own_hello: bytes | None = None
         self._peer_hello: bytes | None = None
+        self._attestor = attestor
+        self._attested_enough = False
+        self._attestation: Attestation | None = None
+        self._messages = AttestReader()
         if role == "source":
             self._tls.start()
 
@@ -167,7 +221,7 @@ class Channel:
     def send_message(self, payload: bytes) -> None:
         """Queue a message for the peer's agent."""
         if not self.established:
-            raise InternalError("internal.error", "a message before the hellos")
+            raise InternalError("internal.error", "a message before both ends are attested")
         self._tls.send(encode_frame(FrameKind.MESSAGE, payload))
 
     def refuse(self, error: SealaneError) -> None:
@@ -185,17 +239,29 @@ class Channel:
         """Everything that waits for the wire."""
         return self._tls.bytes_to_send()
 
+    def evidence_made(self, pieces: Mapping[str, bytes]) -> list[Event]:
+        """What EvidenceWanted asked for; send `bytes_to_send()` afterwards."""
+        return [] if self._attested_enough else self._act(self._need_attestation().evidence_made(pieces))
+
+    def attest_again(self) -> list[Event]:
+        """Begin another round (source only); nothing while one is under way, or after `attest_no_more`."""
+        attestation = self._need_attestation()
+        return [] if attestation.busy or self._attested_enough else self._act(attestation.again())
+
+    def attest_no_more(self) -> None:
+        """The VM is about to be handed over: a round that is under way counts no more, and none begins."""
+        self._attested_enough = self.established
+
     @property
     def established(self) -> bool:
-        """Whether both hellos fit."""
-        return self._peer_hello is not None
+        """Whether both hellos fit and both ends accepted the other's evidence."""
+        return self._attestation is not None and self._attestation.attested
 
     def migration_secret(self) -> bytes:
         """The secret of which every lane's keys are made (32 bytes)."""
-        if self._own_hello is None or self._peer_hello is None:
-            raise InternalError("internal.error", "no secret before the hellos")
-        hellos = [self._own_hello, self._peer_hello] if self._role == "source" else [self._peer_hello, self._own_hello]
-        return self._tls.export(_LABEL, hashlib.sha256(b"".join(hellos)).digest(), _SECRET_BYTES)
+        if self._attestation is None or self._attestation.first is None:
+            raise InternalError("internal.error", "no secret before both ends are attested")
+        return self._attestation.first.secret
 
     def _judge_and_greet(self) -> None:
         fingerprint = self._tls.peer_fingerprint
@@ -211,24 +277,75 @@ class Channel:
     def _take(self, kind: FrameKind, payload: bytes) -> list[Event]:
         if kind is FrameKind.REFUSE:
             return [PeerRefused(_parse_refusal(payload))]
-        if kind is FrameKind.HELLO and not self.established:
-            return [self._check_hello(payload)]
+        if kind is FrameKind.HELLO and self._peer_hello is None:
+            return self._check_hello(payload)
+        if kind is FrameKind.ATTEST and self._attestation is not None:
+            return (
+                []
+                if self._attested_enough
+                else [
+                    event
+                    for message in self._messages.receive(payload)
+                    for event in self._act(self._attestation.receive(message))
+                ]
+            )
         if kind is FrameKind.MESSAGE and self.established:
             return [MessageReceived(payload)]
         if kind is FrameKind.BYE and self.established and not payload:
             return [PeerSaidBye()]
         raise PeerError("peer.message", f"{kind.name} came out of turn")
 
-    def _check_hello(self, payload: bytes) -> Established:
+    def _check_hello(self, payload: bytes) -> list[Event]:
         fingerprint = self._tls.peer_fingerprint
         peer_role: Role = "destination" if self._role == "source" else "source"
         expected = self._hello(peer_role, fingerprint, self._identity.fingerprint)
         if payload != expected.encode():
             raise _why_hello_differs(payload, asdict(expected))
         self._peer_hello = payload
-        return Established(
-            self._trusted[fingerprint], fingerprint, self._tls.version, self._tls.group, self._tls.cipher
+        self._attestation = self._prepare_attestation(fingerprint)
+        return self._act(self._attestation.start())
+
+    def _prepare_attestation(self, fingerprint: str) -> Attestation:
+        role, peer_key = End(self._role), self._tls.peer_public_key
+        hellos = [self._own_hello or b"", self._peer_hello or b""]
+        context = hashlib.sha256(b"".join(hellos if role is End.SOURCE else hellos[::-1])).digest()
+        conversation = Conversation(
+            bytes.fromhex(self._migration),
+            own_certificate=_digest_of(self._identity.fingerprint),
+            peer_certificate=_digest_of(fingerprint),
+            exporter=self._tls.export(_LABEL, context, _EXPORTED_BYTES),
+            key_pem=self._identity.key_pem,
+            peer_key=peer_key,
         )
+        judge = self._attestor.make_judge(self._trusted[fingerprint], hashlib.sha256(peer_key).hexdigest())
+        return Attestation(role, conversation, self._attestor.subject, judge, self._attestor.random)
+
+    def _act(self, actions: Sequence[Action]) -> list[Event]:
+        events: list[Event] = []
+        for action in actions:
+            match action:
+                case Send(data):
+                    for at in range(0, len(data), CHANNEL_MESSAGE_MAX):
+                        self._tls.send(encode_frame(FrameKind.ATTEST, data[at : at + CHANNEL_MESSAGE_MAX]))
+                case WantEvidence():
+                    events.append(EvidenceWanted(action.report_data, action.vm))
+                case Attested():
+                    events.append(self._established(action) if action.round == 0 else Reattested(action))
+        return events
+
+    def _established(self, attested: Attested) -> Established:
+        fingerprint = self._tls.peer_fingerprint
+        facts = (self._tls.version, self._tls.group, self._tls.cipher)
+        return Established(self._trusted[fingerprint], fingerprint, *facts, attested)
+
+    def _need_attestation(self) -> Attestation:
+        if self._attestation is None:
+            raise InternalError("internal.error", "no attestation before the hellos")
+        return self._attestation
+
+
+def _digest_of(fingerprint: str) -> bytes:
+    return bytes.fromhex(fingerprint.removeprefix("SHA256:"))
 
 
 def _why_hello_differs(payload: bytes, expected: dict[str, Any]) -> PeerError:

@@ -250,7 +250,8 @@ class CampaignRig:
         found = []
         for end in (self.home, self.away):
             words = {pid: _command(pid) for pid in end.processes() if process_name(pid) != LAUNCHER_NAME}
-            others = [each for each in words.values() if "qemu-system" not in each and " agent --listen" not in each]
+            known = ("qemu-system", " agent --listen", "-m sealane.quoting")
+            others = [each for each in words.values() if not any(word in each for word in known)]
             if others:
                 found.append(f"{end.name} has processes left: {others}")
             if sockets := [each.name for each in (end.host.paths.run / "m").glob("*")]:

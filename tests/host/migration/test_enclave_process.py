@@ -2,11 +2,13 @@
 
 import asyncio
 import os
+import socket
 from collections.abc import AsyncIterator
 from typing import cast
 
 import pytest
 
+from sealane.crypto.identity import Identity
 from sealane.enclave.interface import (
     Abort,
     Begin,
@@ -28,8 +30,9 @@ from sealane.host.migration import enclave_process
 from sealane.host.migration.enclave_launcher import EnclaveLauncher
 from sealane.host.migration.enclave_process import Child, EnclaveProcess, uninterrupted
 from sealane.host.migration.messages import Loaded, Prepared
+from tests.enclave.quoting import quoting_line
 from tests.enclave.rig import open_descriptors, receive_exactly, tcp_pair
-from tests.session.rig import DESTINATION, MIGRATION, NOW, SOURCE
+from tests.session.rig import DESTINATION, MIGRATION, NOW, SOURCE, SUBJECT
 
 DIGEST = "0" * 64
 
@@ -44,6 +47,9 @@ def begin(role: str) -> Begin:
         trusted={peer.fingerprint: peer.name},
         protection="sealed",
         now=NOW.isoformat(),
+        vm=SUBJECT.vm if role == "source" else "",
+        epoch=SUBJECT.epoch if role == "source" else 0,
+        reattest_every_s=600.0,
     )
 
 
@@ -56,13 +62,17 @@ async def launcher() -> AsyncIterator[EnclaveLauncher]:
     assert open_descriptors() == before
 
 
+def line(identity: Identity) -> socket.socket:
+    return quoting_line(identity)[0]
+
+
 async def meet(launcher: EnclaveLauncher) -> tuple[EnclaveProcess, EnclaveProcess]:
     source, destination = await launcher.start_enclave(), await launcher.start_enclave()
     here, there = tcp_pair()
-    source.call(begin("source"), here)
+    source.call(begin("source"), here, line(SOURCE))
     assert here.fileno() == -1  # the enclave's alone
     receive_exactly(there, 32)
-    destination.call(begin("destination"), there)
+    destination.call(begin("destination"), there, line(DESTINATION))
     for each in (source, destination):
         met = await each.wait(each.established, 20, "peer.slow", "handshake")
         assert met.kex_group == "X25519MLKEM768"
@@ -141,7 +151,7 @@ async def test_what_the_enclave_tells_reaches_who_waits(played: Played) -> None:
     agent, wanted = played.agent, asyncio.Event()
     lanes: list[int] = []
     agent.on_vm_wanted = lambda lane: (lanes.append(lane), wanted.set())[0]  # type: ignore[func-returns-value]
-    facts = PeerEstablished("name", "fingerprint", "TLSv1.3", "group", "cipher")
+    facts = PeerEstablished("name", "fingerprint", "TLSv1.3", "group", "cipher", "vm", 3, "{}")
     closed = LanesClosed(DIGEST, 3, 4)
     for call in (facts, LanesOpen(), Counters(1, 2), VmWanted(5), closed, PeerFinished()):
         played.enclave.send(call)

@@ -8,6 +8,7 @@ from sealane.host.config import Settings
 from sealane.host.jobs import Jobs
 from sealane.host.migration.enclave_launcher import EnclaveLauncher
 from sealane.host.peers import Peers
+from sealane.host.quoting import QuotingService
 from sealane.host.receipts.chain import Receipts
 from sealane.host.registry import Registry
 from sealane.host.store import Store
@@ -29,3 +30,4 @@ class MigrationContext(Protocol):
     registry: Registry
     receipts: Receipts
     launcher: EnclaveLauncher
+    quoting: QuotingService

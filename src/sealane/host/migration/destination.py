@@ -28,10 +28,11 @@ from sealane.host.migration.checks import (
 from sealane.host.migration.context import LANE_CIPHER, PROTECTION, MigrationContext
 from sealane.host.migration.dialling import SocketDirectory, dial_vm
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
-from sealane.host.migration.gate import pass_gate
+from sealane.host.migration.gate import pass_gate, trust_of
 from sealane.host.migration.receipt_exchange import give_copy, take_copy
 from sealane.host.models import Migration, Progress, Result, VmDefinition
 from sealane.host.problems import problem_of
+from sealane.host.quoting import incoming_binaries
 from sealane.host.registry import PROBE_TIMEOUT_S, is_absent
 from sealane.host.store import utc_now
 from sealane.hypervisor.driver import MigrationParameters
@@ -94,6 +95,12 @@ class Reception:
 
     async def _handshake(self, enclave: EnclaveProcess, connection: socket.socket) -> PeerEstablished:
         identity = self._context.identity
+        try:
+            vms = self._context.registry.definitions().values()
+            quoting = self._context.quoting.connect(enclave.pid, incoming_binaries(vm.launch_incoming for vm, _ in vms))
+        except BaseException:
+            connection.close()
+            raise
         enclave.call(
             Begin(
                 role="destination",
@@ -103,12 +110,20 @@ class Reception:
                 trusted={peer.fingerprint: peer.name for peer in self._context.peers.list()},
                 protection=PROTECTION,
                 now=utc_now().isoformat(),
+                vm="",
+                epoch=0,
+                reattest_every_s=self._context.settings.attestation.again_every_s,
             ),
             connection,
+            quoting,
         )
         return await enclave.wait(enclave.established, HANDSHAKE_TIMEOUT_S, "peer.slow", "handshake")
 
     def _begin_job(self, enclave: EnclaveProcess, met: PeerEstablished, prepare: messages.Prepare) -> Job:
+        if (prepare.vm, prepare.epoch) != (met.vm, met.epoch):
+            raise make_error(
+                "attest.migration", f"the peer attested for {met.vm} and wants to send another VM or epoch"
+            )
         try:
             vm = self._context.registry.get(prepare.vm)
         except SealaneError:
@@ -155,6 +170,7 @@ def channel_facts(met: PeerEstablished) -> dict[str, Any]:
         "kex_group": met.kex_group,
         "cipher": LANE_CIPHER,
         "peer_fingerprint": met.peer_fingerprint,
+        "peer_trust": trust_of(met),
     }
 
 

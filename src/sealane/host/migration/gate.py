@@ -49,11 +49,8 @@ def note_sighting(job: Job, context: MigrationContext, fingerprint: str, trust: 
 
 
 def trust_of(met: PeerEstablished) -> PeerTrust:
-    """How far the peer is trusted: by its verdict where it gave evidence, else by its pinned certificate (level 1)."""
-    text = getattr(met, "verdict", "")
-    if not text:
-        return PeerTrust(seen_at=utc_now())
-    verdict: dict[str, Any] = json.loads(text)
+    """How far the peer is trusted, by its verdict (`sealane.attest.peer.summarise`)."""
+    verdict: dict[str, Any] = json.loads(met.verdict)
     return PeerTrust(
         level=verdict["level"],
         # the certificate is pinned whatever the evidence rests on

@@ -137,6 +137,7 @@ class SourceMigration(Job):
         connection = await self._dial()
         try:
             self._enclave = enclave = await self._context.launcher.start_enclave()
+            quoting = self._context.quoting.connect(enclave.pid, [f"/proc/{qemu.pid}/exe"] if qemu.pid else [])
         except BaseException:
             connection.close()
             raise
@@ -150,8 +151,12 @@ class SourceMigration(Job):
                 trusted={self._peer.fingerprint: self._peer.name},
                 protection=self.migration.protection,
                 now=self.clock().isoformat(),
+                vm=self._vm.name,
+                epoch=self.store.epoch(self._vm.name),
+                reattest_every_s=self._context.settings.attestation.again_every_s,
             ),
             connection,
+            quoting,
         )
         met = await self._watch(enclave.wait(enclave.established, HANDSHAKE_TIMEOUT_S, "peer.slow", "handshake"))
         self.update(
