@@ -170,6 +170,17 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
             "the peer speaks another protocol version", "bring both hosts to the same Sealane version"
         ),
         "peer.busy": Entry("the peer is at its limit of migrations", "wait for the others to end", True),
+        "pairing.code": Entry(
+            "the pairing code is not the one that the other end shows",
+            "type it again; after three wrong tries it is void, and `sealane pair` shows a new one",
+        ),
+        "pairing.closed": Entry(
+            "the other end does not pair", "run `sealane pair` there first, and use the code that it shows", True
+        ),
+        "pairing.mismatch": Entry(
+            "what the other end showed does not belong to it",
+            "somebody may stand between the hosts: pair over another network, or compare fingerprints by hand",
+        ),
         "lane.integrity": Entry("a record did not open: it was changed on the way", _NETWORK),
         "lane.replay": Entry("a record came a second time", _NETWORK),
         "lane.reordered": Entry("a record came out of order, or one is missing", _NETWORK),
@@ -284,6 +295,10 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         "trust.exists": Entry("a peer of that name has another fingerprint", "remove it first, if the change is meant"),
         "trust.no-address": Entry(
             "the peer has no address", "add one: `sealane trust add NAME FINGERPRINT --address HOST`"
+        ),
+        "pairing.over": Entry(
+            "the pairing is over: paired, cancelled, expired, or tried in vain too often",
+            "run `sealane pair` again for a new code",
         ),
         "vm.unknown": Entry("no such VM on this host", "see `sealane vm list`; add it with `sealane vm add`"),
         "vm.exists": Entry("a VM of that name is there already", "choose another name, or remove that one"),

@@ -44,6 +44,13 @@ UNPROVEN_ENCLAVES_MAX: Final = 8
 # Migrations in progress, in both directions together.
 MIGRATIONS_MAX: Final = 16
 
+# A pairing code: 99 * 2^16 of them, three tries and ten minutes each, so that a guess succeeds once in two million codes shown.
+PAIRING_TRIES: Final = 3
+PAIRING_LIFETIME_S: Final = 600.0
+# Connections to one code; each costs some milliseconds of arithmetic. Beyond it the code is void: somebody is at work.
+PAIRING_CONNECTIONS_MAX: Final = 32
+PAIRING_ANSWER_TIMEOUT_S: Final = 10.0
+
 HANDSHAKE_TIMEOUT_S: Final = 15.0
 CHANNEL_ANSWER_TIMEOUT_S: Final = 60.0
 LANE_OPEN_TIMEOUT_S: Final = 15.0

@@ -22,6 +22,7 @@ COMMANDS = (
     "demo",
     "init",
     "agent",
+    "pair",
     "trust",
     "vm",
     "migrate",
@@ -42,7 +43,7 @@ Moves running QEMU virtual machines between hosts through a sealed lane.
 \b
 Examples:
   sealane init                              make this host's identity
-  sealane trust add host-b SHA256:7d1f… --address 192.0.2.7
+  sealane pair                              trust another host, by a short code
   sealane migrate web01 host-b              move a running VM
   sealane doctor                            what this host can do, and how to mend it
 

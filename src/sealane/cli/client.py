@@ -15,6 +15,8 @@ from sealane.host.models import (
     Host,
     Migration,
     MigrationRequest,
+    PairingRequest,
+    PairingStatus,
     Peer,
     PeerView,
     PolicyAnswer,
@@ -91,6 +93,22 @@ class AgentClient:
     def remove_peer(self, name: str) -> None:
         """Trust a host no longer; raises `trust.unknown`."""
         self._ask("DELETE", f"/v1/peers/{_segment(name)}")
+
+    def invite(self) -> PairingStatus:
+        """Have the agent show a pairing code."""
+        return self._one(PairingStatus, "POST", "/v1/pairing")
+
+    def pairing(self) -> PairingStatus:
+        """How the invitation stands; raises `pairing.over` where there was none."""
+        return self._one(PairingStatus, "GET", "/v1/pairing")
+
+    def cancel_pairing(self) -> None:
+        """Void the code that is shown."""
+        self._ask("DELETE", "/v1/pairing")
+
+    def join(self, request: PairingRequest) -> PairingStatus:
+        """Pair with the host that shows this code."""
+        return self._one(PairingStatus, "POST", "/v1/pairing/join", request)
 
     def check_policy(self, question: PolicyQuestion) -> PolicyAnswer:
         """What the agent's policy says to a move; raises `vm.unknown`, `trust.unknown`, `policy.broken`."""

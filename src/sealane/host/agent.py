@@ -39,6 +39,7 @@ from sealane.host.models import (
     VmDefinition,
 )
 from sealane.host.notify import notify
+from sealane.host.pairing import PairingDesk
 from sealane.host.peers import Peers
 from sealane.host.policy import UNKNOWN_CALLER, Caller, Move, load_policy
 from sealane.host.quoting import QuotingService
@@ -69,7 +70,7 @@ MakeSource = Callable[["Agent", MigrationRequest, VmDefinition, Peer, Migration]
 
 
 def _make_listener(agent: "Agent") -> Listener:
-    return PeerListener(agent, agent.settings)
+    return PeerListener(agent, agent.settings, agent.pairing.welcome)
 
 
 class Agent:
@@ -92,6 +93,7 @@ class Agent:
         self.jobs = Jobs(self.store, migrations_max=settings.limits.migrations_max, issue=self.receipts.issue)
         self.peers = Peers(self.store)
         self.registry = Registry(self.store, paths.config / VMS_FILE, self.jobs)
+        self.pairing = PairingDesk(self)
         self.listener = make_listener(self)
         self.launcher = EnclaveLauncher()
         self.quoting = QuotingService(paths, settings.attestation)
@@ -112,6 +114,12 @@ class Agent:
             root_of_trust=self.quoting.root_of_trust,
             migrations_active=self.jobs.active_count,
         )
+
+    @property
+    def port(self) -> int:
+        """Where this agent listens for peers."""
+        address = getattr(self.listener, "address", None)
+        return int(str(address).rpartition(":")[2]) if address else self.settings.port
 
     async def begin_migration(self, request: MigrationRequest, caller: Caller = UNKNOWN_CALLER) -> Migration:
         """Begin to move a VM away. Raises `vm.unknown`, `trust.unknown`, `trust.no-address`, and what `Jobs.begin` does."""
@@ -203,6 +211,7 @@ class Agent:
         self.quoting.start()
         await self.listener.start()
         stack.push_async_callback(self.listener.stop)
+        stack.push_async_callback(self.pairing.stop)
         server = _ApiServer(
             uvicorn.Config(
                 create_app(self),

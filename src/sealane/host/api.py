@@ -19,6 +19,8 @@ from sealane.host.models import (
     Host,
     Migration,
     MigrationRequest,
+    PairingRequest,
+    PairingStatus,
     Peer,
     PeerView,
     PolicyAnswer,
@@ -27,10 +29,12 @@ from sealane.host.models import (
     Vm,
     VmDefinition,
 )
+from sealane.host.pairing import PairingDesk
 from sealane.host.peers import Peers
 from sealane.host.policy import UNKNOWN_CALLER, Caller
 from sealane.host.problems import MEDIA_TYPE, problem_of
 from sealane.host.registry import Registry
+from sealane.limits import DEFAULT_PORT
 
 NDJSON: Final = "application/x-ndjson"
 _DESCRIPTION: Final = """
@@ -42,6 +46,7 @@ _TAGS: Final = [
     {"name": "host", "description": "Who this agent is."},
     {"name": "vms", "description": "The VMs of this host and their states."},
     {"name": "peers", "description": "The hosts whose certificates are trusted."},
+    {"name": "pairing", "description": "Trust between two hosts by a short code."},
     {"name": "policy", "description": "What the policy would say, and what is known of the hosts."},
     {"name": "migrations", "description": "Migrations, in both directions: begin, watch, cancel, look back."},
 ]
@@ -53,6 +58,7 @@ class ApiAgent(Protocol):
     registry: Registry
     peers: Peers
     jobs: Jobs
+    pairing: PairingDesk
 
     def describe(self) -> Host:
         """Who this agent is."""
@@ -126,6 +132,7 @@ def create_app(agent: ApiAgent) -> FastAPI:
     _add_host(app, agent)
     _add_vms(app, agent)
     _add_peers(app, agent)
+    _add_pairing(app, agent)
     _add_policy(app, agent)
     _add_migrations(app, agent)
     _describe_problem(app)
@@ -196,6 +203,28 @@ def _add_peers(app: FastAPI, agent: ApiAgent) -> None:
     async def remove_peer(name: str) -> None:
         """Trust a host no longer; migrations in progress go on."""
         agent.peers.remove(name)
+
+
+def _add_pairing(app: FastAPI, agent: ApiAgent) -> None:
+    @app.post("/v1/pairing", tags=["pairing"], summary="Show a code", status_code=201)
+    async def invite() -> PairingStatus:
+        """Show a new code and wait for a host that is given it; an earlier code is void."""
+        return agent.pairing.invite()
+
+    @app.get("/v1/pairing", tags=["pairing"], summary="How it stands")
+    async def pairing_status() -> PairingStatus:
+        """The code that is shown, or whom it led to, or why it failed."""
+        return agent.pairing.status()
+
+    @app.delete("/v1/pairing", tags=["pairing"], summary="Void the code", status_code=204)
+    async def cancel_pairing() -> None:
+        """Void the code that is shown."""
+        agent.pairing.cancel()
+
+    @app.post("/v1/pairing/join", tags=["pairing"], summary="Use a code")
+    async def join(request: PairingRequest) -> PairingStatus:
+        """Pair with the host that shows this code."""
+        return await agent.pairing.join(request.host, request.port or DEFAULT_PORT, request.code)
 
 
 def _add_policy(app: FastAPI, agent: ApiAgent) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import functools
 import socket
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Final
 
 import structlog
@@ -21,6 +22,8 @@ from sealane.host.migration.dialling import tune
 from sealane.limits import PENDING_CONNECTIONS_MAX, PREFACE_TIMEOUT_S, UNPROVEN_ENCLAVES_MAX
 from sealane.session.preface import PREFACE_BYTES, ConnectionKind, Preface, parse_preface
 
+# Takes a connection whose preface asked to pair.
+OnPairing = Callable[[socket.socket], None]
 _BACKLOG: Final = 256
 # After accept(2) failed for want of descriptors or memory.
 _ACCEPT_PAUSE_S: Final = 0.1
@@ -31,8 +34,10 @@ _BEGINNING_MAX: Final = 2 * UNPROVEN_ENCLAVES_MAX
 class PeerListener:
     """Accepts, reads prefaces, routes."""
 
-    def __init__(self, context: MigrationContext, settings: Settings) -> None:
-        self._context, self._settings = context, settings
+    def __init__(
+        self, context: MigrationContext, settings: Settings, on_pairing: OnPairing = socket.socket.close
+    ) -> None:
+        self._context, self._settings, self._on_pairing = context, settings, on_pairing
         self._log = structlog.get_logger().bind(part="listener")
         self._socket: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
@@ -109,6 +114,8 @@ class PeerListener:
                 if reception.accept_lane(preface.label, preface.lane, connection):
                     return
             connection.close()
+        elif preface.kind is ConnectionKind.PAIRING:
+            self._on_pairing(connection)
         elif preface.label in self._receptions:
             connection.close()
         else:

@@ -173,6 +173,26 @@ class PolicyDecision(Model):
     code: str | None = None
 
 
+class PairingRequest(Model):
+    """Pair with the agent at this address, which shows this code."""
+
+    host: Annotated[str, Field(min_length=1, max_length=255)]
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    code: Annotated[str, Field(max_length=100)]
+
+
+class PairingStatus(Model):
+    """A pairing: the code that is shown, or whom it led to and the words to compare, or why it failed."""
+
+    state: Literal["waiting", "paired", "failed"]
+    code: str | None = None
+    expires_at: datetime | None = None
+    tries_left: int | None = None
+    peer: Peer | None = None
+    words: str | None = None
+    problem: Problem | None = None
+
+
 class PolicyQuestion(Model):
     """Would this move be allowed? `level` and `user` in place of what is known; `receive`: from the host, not to it."""
 

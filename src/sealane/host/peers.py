@@ -15,11 +15,8 @@ class Peers:
         """All peers, by name."""
         return self._store.peers()
 
-    def add(self, peer: Peer) -> Peer:
-        """Trust a host. Again with the same fingerprint: a new address or port is taken over, an absent one kept.
-
-        Raises `trust.exists` when the name has another fingerprint or the fingerprint another name.
-        """
+    def check(self, peer: Peer) -> Peer:
+        """The peer as `add` would keep it; raises what `add` raises, and changes nothing."""
         for known in self._store.peers():
             if known.name == peer.name and known.fingerprint != peer.fingerprint:
                 raise make_error("trust.exists", f"{peer.name} is trusted with {known.fingerprint}")
@@ -28,6 +25,14 @@ class Peers:
             if known.name == peer.name:
                 address, port = peer.address or known.address, peer.port or known.port
                 peer = peer.model_copy(update={"address": address, "port": port})
+        return peer
+
+    def add(self, peer: Peer) -> Peer:
+        """Trust a host. Again with the same fingerprint: a new address or port is taken over, an absent one kept.
+
+        Raises `trust.exists` when the name has another fingerprint or the fingerprint another name.
+        """
+        peer = self.check(peer)
         self._store.put_peer(peer)
         return peer
 

@@ -6,7 +6,8 @@
     +-------------------------+---------+-------+-------+-------+-----------+----------------------------------+
 
 A channel's label is the migration's id, which anybody on the way may read; a lane's is its token, which only who holds the
-migration's secret can know (`seal/keys.py`). Both only route: a channel proves itself by TLS, a lane by its first record.
+migration's secret can know (`seal/keys.py`). Both only route: a channel proves itself by TLS, a lane by its first record, a
+pairing by the code; its label is zero.
 """
 
 import struct
@@ -29,6 +30,7 @@ class ConnectionKind(IntEnum):
 
     CHANNEL = 1
     LANE = 2
+    PAIRING = 3
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def parse_preface(data: bytes) -> Preface:
         or zeros
         or kind not in iter(ConnectionKind)
         or lane >= LANES_MAX
-        or (kind == ConnectionKind.CHANNEL and lane)
+        or (kind != ConnectionKind.LANE and lane)
+        or (kind == ConnectionKind.PAIRING and any(label))
     ):
         raise PeerError("peer.preface", "a field of the preface does not fit")
     return Preface(ConnectionKind(kind), label, lane)

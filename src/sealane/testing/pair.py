@@ -218,8 +218,9 @@ def make_pair(
     born: Sequence[datetime | None] = (None, None),
     settings: str = "",
     program: tuple[str, ...] = PROGRAM,
+    strangers: bool = False,
 ) -> Iterator[HostPair]:
-    """Two hosts, agents up, trusting each other; everything goes away at the end.
+    """Two hosts, agents up, trusting each other unless they are `strangers`; everything goes away at the end.
 
     `born` are the moments at which the identities were made (now), `settings` both agents' `agent.toml`.
     """
@@ -234,6 +235,7 @@ def make_pair(
             end.start_agent()
             ends.append(end)
         first, second = ends
-        first.trust(second)
-        second.trust(first)
+        if not strangers:
+            first.trust(second)
+            second.trust(first)
         yield HostPair(first, second)
