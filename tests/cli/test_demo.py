@@ -18,7 +18,7 @@ from tests.cli.conftest import Run
 KEYS = {
     *("status", "total_ms", "downtime_ms", "bytes_wire", "kex_group", "cipher", "guest_alive", "source_stopped"),
     *("canary_on_wire", "canary_on_plain_wire", "qemu_version", "accel", "accel_reason", "network"),
-    *("multifd_channels", "ticks", "capture"),
+    *("multifd_channels", "ticks", "capture", "receipt", "receipt_verified"),
 }
 
 
@@ -38,6 +38,7 @@ def good(**changes: Any) -> Report:
         "canary_count": 0,
         "plain_captured_bytes": 191_000_000,
         "plain_canary_count": 26_000,
+        "receipt_problems": [],
     }
     return Report(**{**seen, **changes})
 
@@ -68,6 +69,8 @@ def test_all_checks_held(capsys: pytest.CaptureFixture[str]) -> None:
         ({"canary_count": None}, ["canary_on_wire"]),
         ({"plain_canary_count": 0}, ["canary_on_plain_wire"]),
         ({"plain_canary_count": None}, ["canary_on_plain_wire"]),
+        ({"receipt_problems": ["host-a: receipt 1 is missing"]}, ["receipt_verified"]),
+        ({"receipt_problems": None}, ["receipt_verified"]),
         # an absence in a capture that missed something proves nothing
         ({"captured_bytes": 100_000_000}, ["capture_whole", "canary_on_wire"]),
         ({"bytes_wire": 0}, ["capture_whole", "canary_on_wire"]),

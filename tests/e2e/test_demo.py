@@ -110,6 +110,8 @@ def test_the_demonstration_holds(start: Start, network: str, tmp_path: Path) -> 
     assert report["source_stopped"] is True
     assert report["canary_on_wire"] is False
     assert report["canary_on_plain_wire"] is True
+    assert report["receipt_verified"] is True
+    assert report["receipt"]["payloadType"] == "application/vnd.in-toto+json"
     assert report["kex_group"] == "X25519MLKEM768"
     assert report["cipher"] == "AES-256-GCM"
     assert report["multifd_channels"] == 2

@@ -9,7 +9,7 @@ import pytest
 
 from sealane.host.receipts.verify import verify_chain
 from sealane.testing.pair import AgentHost
-from tests.e2e.rig import Rig
+from tests.e2e.rig import Rig, make_rig
 
 pytestmark = pytest.mark.e2e
 
@@ -98,3 +98,15 @@ def test_an_agent_that_is_killed_writes_it_at_its_next_start(rig: Rig) -> None:
     said = newest(rig.home)
     assert (said["migration"]["id"], said["outcome"]["code"]) == (found.id, "agent.restarted")
     assert receipts(rig.home, "verify")[0] == 0
+
+
+def test_refused_evidence_leaves_one_at_both_ends() -> None:
+    """Both hosts ask for level 3 and show identity alone; the VM runs on."""
+    with make_rig(settings="[attestation]\nleast_level = 3\n") as rig:
+        attempt = rig.attempt()
+        rig.assert_aborted(attempt, "attest.level")
+        assert attempt.source.progress.bytes_wire == 0
+        for end in (rig.home, rig.away):
+            assert receipts(end, "verify")[0] == 0
+            assert newest(end)["outcome"]["code"] == "attest.level"
+            assert newest(end)["policy"] is None

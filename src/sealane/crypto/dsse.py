@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.x509.oid import NameOID
 
-from sealane.crypto.identity import Identity, fingerprint, load_key
+from sealane.crypto.identity import Identity, fingerprint, sign
 from sealane.crypto.signatures import SignatureInvalid
 
 # Far beyond any receipt; what is larger is not read at all.
@@ -95,14 +95,9 @@ def pre_authentication_encoding(payload_type: str, payload: bytes) -> bytes:
     return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
 
 
-def sign(identity: Identity, message: bytes) -> bytes:
-    """The identity's Ed25519 signature."""
-    return load_key(identity.key_pem).sign(message)
-
-
 def sign_envelope(identity: Identity, payload_type: str, payload: bytes) -> Envelope:
     """An envelope that the identity signs; the key id is its fingerprint."""
-    signature = sign(identity, pre_authentication_encoding(payload_type, payload))
+    signature = sign(identity.key_pem, pre_authentication_encoding(payload_type, payload))
     return Envelope(payload_type, payload, identity.fingerprint, signature)
 
 

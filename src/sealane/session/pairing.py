@@ -36,8 +36,8 @@ from enum import IntEnum
 from typing import Any, Final, TypeAlias
 
 from sealane.crypto.aead import NONCE_BYTES, TAG_BYTES, Aead, OpenFailed
-from sealane.crypto.dsse import Certificate, parse_certificate, sign
-from sealane.crypto.identity import Identity
+from sealane.crypto.dsse import Certificate, parse_certificate
+from sealane.crypto.identity import Identity, sign
 from sealane.crypto.kdf import expand
 from sealane.crypto.pake import MESSAGE_BYTES, Pake, PakeFailed, Side, check_proof, proof
 from sealane.crypto.signatures import SignatureInvalid
@@ -263,7 +263,7 @@ class Pairing:
 
     def _encode_offer(self) -> bytes:
         offer = self._offer
-        signature = sign(self._identity, self._to_sign(self._side, offer))
+        signature = sign(self._identity.key_pem, self._to_sign(self._side, offer))
         value = {
             "certificate": offer.certificate.pem.decode(),
             "port": offer.port,

@@ -25,6 +25,8 @@ from sealane.cli.output import Output
 from sealane.cli.screen import labelled, make_screen
 from sealane.errors import SealaneError, UsageError, make_error
 from sealane.host.models import MigrationRequest
+from sealane.host.receipts.statement import digest_of
+from sealane.host.receipts.verify import receipts_in, verify_chain
 from sealane.testing import packages
 from sealane.testing.accel import TRIAL_S, Accel, choose_accel
 from sealane.testing.capture import Capture, CaptureRefused, start_capture
@@ -85,6 +87,8 @@ class Report:
     canary_count: int | None = None
     plain_captured_bytes: int | None = None
     plain_canary_count: int | None = None
+    receipt: dict[str, object] | None = None
+    receipt_problems: list[str] | None = None
     problem: str = ""
 
     def checks(self) -> list[Check]:
@@ -104,7 +108,13 @@ class Report:
             Check("capture_whole", self._is_whole, self._capture_text()),
             Check("canary_on_wire", self.canary_count == 0 and self._is_whole, self._canary_text()),
             Check("canary_on_plain_wire", bool(self.plain_canary_count), self._plain_text()),
+            Check("receipt_verified", self.receipt_verified is True, self._receipt_text()),
         ]
+
+    @property
+    def receipt_verified(self) -> bool | None:
+        """Whether both hosts' receipts hold, and each host has the other's; None where the demo did not come so far."""
+        return None if self.receipt_problems is None else not self.receipt_problems
 
     @property
     def failures(self) -> list[Check]:
@@ -144,6 +154,8 @@ class Report:
             "qemu_version": self.qemu_version,
             "accel": self.accel,
             "accel_reason": self.accel_reason,
+            "receipt": self.receipt,
+            "receipt_verified": self.receipt_verified,
             "failed_checks": [check.name for check in self.failures],
             "problem": self.problem or None,
         }
@@ -171,6 +183,13 @@ class Report:
             return f"found on the wire {_grouped(self.canary_count)} times"
         return "not found on the wire"
 
+    def _receipt_text(self) -> str:
+        if self.receipt_problems is None:
+            return "not looked at"
+        if self.receipt_problems:
+            return self.receipt_problems[0]
+        return "both hosts signed what happened, and each holds the other's signature; verified without an agent"
+
     def _plain_text(self) -> str:
         if self.plain_canary_count is None:
             return "QEMU's plain migration was not overheard"
@@ -188,6 +207,7 @@ _LABELS = {
     "capture_whole": "capture",
     "canary_on_wire": "secret",
     "canary_on_plain_wire": "contrast",
+    "receipt_verified": "receipt",
 }
 
 
@@ -399,6 +419,7 @@ class Demonstration:
                 self._boot(pair, guest, plain)
                 self._migrate(pair, guest)
                 self._arrive(pair, guest)
+                self._verify_receipts(pair)
                 self._contrast(pair, plain)
             finally:
                 interruption.settle()
@@ -531,6 +552,16 @@ class Demonstration:
             "arrived", f"the counter is at {self.report.ticks}, {self.report.ticks_after} of them on {pair.b.name}"
         )
 
+    def _verify_receipts(self, pair: HostPair) -> None:
+        """What both ends signed, read from their directories as an auditor would; the copies travel after the VM runs."""
+        _wait(lambda: not _receipt_problems(pair))
+        self.report.receipt_problems = _receipt_problems(pair)
+        for item in receipts_in(pair.a.host.paths.state / "receipts")[-1:]:
+            self.report.receipt = json.loads(item.path.read_bytes())
+            self._say(
+                "receipt", f"{item.path.name}, sha256:{item.digest[:16]}…, on {pair.a.name}; its peer on {pair.b.name}"
+            )
+
     def _contrast(self, pair: HostPair, source: GuestMachine) -> None:
         """The same guest, the same hosts, the same eavesdropper, without Sealane."""
         host = pair.b.host
@@ -564,6 +595,22 @@ class Demonstration:
             return
         with Console().status(labelled(label, f"{text} …"), spinner="dots"):
             yield
+
+
+def _receipt_problems(pair: HostPair) -> list[str]:
+    """What is wrong with the receipts of both hosts; each must hold the other's of the last migration."""
+    found, digests = [], []
+    for end in (pair.a, pair.b):
+        report = verify_chain(end.host.paths)
+        found += [f"{end.name}: {problem.words}" for problem in report.problems]
+        copies = list((end.host.paths.state / "receipts" / "peers").glob("*.dsse"))
+        if not report.items or len(copies) != 1:
+            found.append(f"{end.name} has no receipt, or not the other's")
+        else:
+            digests.append((report.items[-1].digest, digest_of(copies[0].read_bytes())))
+    if len(digests) == 2 and digests[0] != digests[1][::-1]:
+        found.append("what one host holds of the other is not what that one has")
+    return found
 
 
 def checked_whole(lines: list[str]) -> bool:

@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic import TypeAdapter, ValidationError
+
 from sealane.enclave.interface import AcceptLane, AttachVm, Begin, ExpectLanes, LaneTokens, PeerEstablished, SendMessage
 from sealane.errors import ControlError, InternalError, SealaneError, make_error
 from sealane.host.jobs import Job
@@ -30,7 +32,7 @@ from sealane.host.migration.dialling import SocketDirectory, dial_vm
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
 from sealane.host.migration.gate import pass_gate, trust_of
 from sealane.host.migration.receipt_exchange import give_copy, take_copy
-from sealane.host.models import Migration, Progress, Result, VmDefinition
+from sealane.host.models import Migration, Name, Progress, Result, VmDefinition
 from sealane.host.problems import problem_of
 from sealane.host.quoting import incoming_binaries
 from sealane.host.registry import PROBE_TIMEOUT_S, is_absent
@@ -55,6 +57,9 @@ _GOODBYE_WAIT_S: Final = 5.0
 _REASON_WAIT_S: Final = 0.7
 # What a migration is called here whose source ended it before it had said which VM it is.
 UNNAMED: Final = "unnamed"
+# And whom it is said to come from, where the enclave did not come to tell who that is.
+UNPROVEN: Final = "unproven"
+_NAME: Final[TypeAdapter[str]] = TypeAdapter(Name)
 
 
 class Reception:
@@ -74,7 +79,11 @@ class Reception:
             connection.close()
             raise
         try:
-            met = await self._handshake(enclave, connection)
+            try:
+                met = await self._handshake(enclave, connection)
+            except SealaneError as error:
+                self._note_unproven(error)
+                raise
             self.is_proven = True
             return await self._asked(enclave, met)
         except BaseException as error:
@@ -83,7 +92,7 @@ class Reception:
 
     async def _asked(self, enclave: EnclaveProcess, met: PeerEstablished) -> Job:
         """The job that the peer asks for. A known peer's wish leaves a journal entry and a receipt, whatever refuses it."""
-        vm = UNNAMED
+        vm = _name_or(met.vm, UNNAMED)
         try:
             prepare = await enclave.expect(messages.Prepare, CHANNEL_ANSWER_TIMEOUT_S)
             vm = prepare.vm
@@ -92,6 +101,11 @@ class Reception:
             facts = channel_facts(met)
             self._context.jobs.refuse(error, vm=vm, role="destination", peer=met.peer_name, id=self._id, **facts)
             raise
+
+    def _note_unproven(self, error: SealaneError) -> None:
+        """Evidence was refused, at either end: only a peer whose certificate is trusted comes so far. It leaves a receipt."""
+        if error.code.startswith("attest."):
+            self._context.jobs.refuse(error, vm=UNNAMED, role="destination", peer=UNPROVEN, id=self._id)
 
     async def _handshake(self, enclave: EnclaveProcess, connection: socket.socket) -> PeerEstablished:
         identity = self._context.identity
@@ -161,6 +175,14 @@ class Reception:
 async def _turn_away(enclave: EnclaveProcess, error: BaseException) -> None:
     enclave.abort(error if isinstance(error, SealaneError) else InternalError("internal.error"))
     await enclave.reap()
+
+
+def _name_or(text: str, otherwise: str) -> str:
+    """The name that a peer gave, if it can be a VM's: it becomes part of a file's name."""
+    try:
+        return _NAME.validate_python(text)
+    except ValidationError:
+        return otherwise
 
 
 def channel_facts(met: PeerEstablished) -> dict[str, Any]:

@@ -10,6 +10,7 @@ the two finds the file at its next start and adopts it; killed before the file, 
 
 import errno
 import os
+import re
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +19,7 @@ import structlog
 from sealane.crypto.dsse import Certificate, parse_certificate, sign_envelope
 from sealane.crypto.identity import Identity
 from sealane.crypto.signatures import SignatureInvalid
-from sealane.errors import EvidenceError, PeerError, SealaneError, make_error
+from sealane.errors import EvidenceError, InternalError, PeerError, SealaneError, make_error
 from sealane.host.models import Migration
 from sealane.host.receipts.statement import (
     PAYLOAD_TYPE,
@@ -30,6 +31,7 @@ from sealane.host.receipts.statement import (
 )
 from sealane.host.store import Store
 
+_FITS_A_FILE: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 RESTING: Final = frozenset({"completed", "aborted", "in-doubt"})
 _log = structlog.get_logger()
 
@@ -48,6 +50,8 @@ class Receipts:
         """
         if migration.state not in RESTING:
             return migration
+        if not _FITS_A_FILE.match(migration.vm):
+            raise InternalError("internal.error", "a VM's name that cannot be part of a file's")
         if (known := self._store.receipt_of(migration.id, migration.state)) is not None:
             return migration.model_copy(update={"receipt": known})
         last, previous = self._store.receipt_head()
