@@ -29,6 +29,8 @@ _CODES: Final[tuple[tuple[str, frozenset[str]], ...]] = (
     ("attest.qemu-changed", frozenset({"reference.qemu"})),
 )
 _SHOWN: Final = 3
+# The word in `accepted_test_roots` that lets software TPMs count whose keys the reference file has.
+SOFTWARE_TPM: Final = "software-tpm"
 
 
 class Expectations(BaseModel):
@@ -42,10 +44,14 @@ class Expectations(BaseModel):
     def applied_to(self, reference: Reference) -> Reference:
         """A reference file may name test roots; only those that the settings accept too count."""
         accepted = {one.lower() for one in self.accepted_test_roots}
+        tpm = reference.tpm
+        if accepted and SOFTWARE_TPM not in accepted and tpm is not None:
+            tpm = tpm.model_copy(update={"keys": [key for key in tpm.keys if key.root == "hardware"]})
         return reference.model_copy(
             update={
                 "minimum_level": max(self.least_level, reference.minimum_level),
                 "test_roots": [one for one in reference.test_roots if one.lower() in accepted],
+                "tpm": tpm,
                 "accept_test_roots": reference.accept_test_roots and bool(accepted),
             }
         )

@@ -11,9 +11,10 @@ import selectors
 import signal
 import socket
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from sealane.attest.asking import (
     QUESTION_MAX,
@@ -24,10 +25,13 @@ from sealane.attest.asking import (
     encode_answer,
     parse_question,
 )
+from sealane.attest.platformlog import TEXTS, parse_platform_log
+from sealane.attest.tpm import parse_tpm_public
 from sealane.errors import HostError, InternalError, SealaneError
 from sealane.limits import EVIDENCE_MAX, QUOTE_TIMEOUT_S
 from sealane.quoting.drivers import make_drivers
 from sealane.quoting.drivers.driver import Driver
+from sealane.quoting.drivers.tpm2 import Tpm2Driver
 from sealane.quoting.interface import (
     PACKET_MAX,
     Configure,
@@ -93,6 +97,23 @@ class Platform:
                 pieces.setdefault(name, content)
         return pieces
 
+    def own_reference(self) -> dict[str, Any]:
+        """This host as a reference file would have it; whoever copies it to a peer says that this host is good now."""
+        log = parse_platform_log(self._log.content)
+        platform: dict[str, list[str]] = {}
+        for entry in log.entries:
+            if entry.what not in {"enclave", "module"}:
+                value = entry.name if entry.what in TEXTS else entry.digest
+                platform.setdefault(entry.what.replace("-", "_"), []).append(value)
+        values: dict[str, Any] = {"version": 1, "platform": platform}
+        for driver in self.drivers:
+            if isinstance(driver, Tpm2Driver):
+                digest = parse_tpm_public(driver.public).key.digest
+                root = "software" if driver.is_software else "hardware"
+                values["hosts"] = [f"ak:{digest}"]
+                values["tpm"] = {"keys": [{"digest": digest, "root": root}], "pcrs": {"sha256": driver.boot_values()}}
+        return values
+
     def policy(self) -> dict[str, bytes]:
         """What this host expects of peers; the files are read anew each time. Raises HostError `host.permission`."""
         settings = self.configuration
@@ -108,6 +129,12 @@ class Platform:
             except OSError as error:
                 raise HostError("host.permission", f"{path}: {error.strerror}") from error
         return pieces
+
+
+def _write_reference(path: Path, values: Mapping[str, Any]) -> None:
+    """For pairing and for operators; nothing depends on it."""
+    with contextlib.suppress(OSError):
+        path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _read_log(path: Path) -> bytes:
@@ -170,6 +197,7 @@ class QuotingProcess:
                 self._tell(Unready(code=error.code, detail=error.detail))
             else:
                 self._tell(Ready(root_of_trust=self._platform.words))
+                _write_reference(Path(packet.run) / "reference-values.json", self._platform.own_reference())
         elif isinstance(packet, Serve) and len(sockets) == 1:
             line = _Line(sockets[0], packet.pid, packet.binaries)
             line.connection.settimeout(QUOTE_TIMEOUT_S)

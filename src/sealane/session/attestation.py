@@ -489,7 +489,7 @@ class Attestation:
         if again and self._role is End.DESTINATION and not self.busy:
             self._round = self._next_round(message.round)
             actions += self._round.start()
-        if message.kind is MessageKind.CHALLENGE:
+        if message.kind is MessageKind.CHALLENGE and message.sender is self._role.peer:
             nonce = message.nonce_source if self._role is End.DESTINATION else message.nonce_destination
             if nonce in self._used:
                 raise AttestationRejected("attest.nonce", "the peer's nonce was used before")

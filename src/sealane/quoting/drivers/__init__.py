@@ -5,10 +5,12 @@ from typing import Final
 
 from sealane.quoting.drivers.driver import Driver
 from sealane.quoting.drivers.software import SoftwareDriver
+from sealane.quoting.drivers.tpm2 import Tpm2Driver
 from sealane.quoting.interface import Configure, DriverName
 
 _MAKERS: Final[Mapping[DriverName, Callable[[Configure], Driver]]] = {
     "software": SoftwareDriver,
+    "tpm2": Tpm2Driver,
 }
 
 
