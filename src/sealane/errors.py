@@ -353,6 +353,18 @@ CATALOGUE: Mapping[str, Entry] = {code: entry for family in _FAMILIES.values() f
 _FAMILY_OF: Mapping[str, type[SealaneError]] = {code: family for family, codes in _FAMILIES.items() for code in codes}
 
 
+def printable(text: str, limit: int = 500) -> str:
+    """Somebody else's words made fit for a terminal and a log: bounded, and what is not printable replaced."""
+    return "".join(character if character.isprintable() else "?" for character in text[:limit])
+
+
+def for_peer(error: SealaneError) -> SealaneError:
+    """What another host is told of it: the code, and no path, log line or word of QEMU's of this host."""
+    if not isinstance(error, HostError | InternalError):
+        return error
+    return make_error(error.code, f"{CATALOGUE[error.code].summary}; more stands in `sealane status` there")
+
+
 def family_of(code: str) -> type[SealaneError]:
     """The class that errors of this code have; InternalError where the code is unknown (a newer peer's)."""
     return _FAMILY_OF.get(code, InternalError)

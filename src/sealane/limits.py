@@ -41,8 +41,20 @@ PREFACE_TIMEOUT_S: Final = 5.0
 
 # Enclaves of incoming migrations whose peer has not proved who it is. Each costs a process of about 35 MB.
 UNPROVEN_ENCLAVES_MAX: Final = 8
+# Trusted peers that a destination's enclave is told of; they cross in calls of so many, each below ECALL_MESSAGE_MAX (a
+# fingerprint, a name and their quotes are at most 143 bytes).
+TRUSTED_MAX: Final = 1 << 16
+TRUSTED_PER_CALL: Final = 512
 # Migrations in progress, in both directions together.
 MIGRATIONS_MAX: Final = 16
+# Those that one peer may have under way towards this host, those that begin included: none takes all places.
+MIGRATIONS_PER_PEER_MAX: Final = 8
+
+# A copy whose bytes stand still for so long is over: longer than a switch-over hook may think, or a route takes to heal.
+STALL_TIMEOUT_S: Final = 60.0
+# What a launched QEMU may leave in its log before the older half of it goes, and how often the agent looks.
+QEMU_LOG_MAX: Final = 1 * MIB
+QEMU_LOG_INTERVAL_S: Final = 30.0
 
 # A pairing code: 99 * 2^16 of them, three tries and ten minutes each, so that a guess succeeds once in two million codes shown.
 PAIRING_TRIES: Final = 3
@@ -60,6 +72,15 @@ QMP_TIMEOUT_S: Final = 20.0
 HOOK_TIMEOUT_S: Final = 10.0
 # Between the source's last byte and the destination's `loaded`: QEMU has only to load the device state that it was sent.
 LOADED_TIMEOUT_S: Final = 60.0
+# The word that ends a pause: `loaded`, once all lanes are closed, and the ticket after it. Either end has only to ask its QEMU
+# or to write its journal before it says them; nobody has given the VM up while they are waited for.
+WORD_TIMEOUT_S: Final = 15.0
+# A peer that has proved itself says at once what it wants.
+PREPARE_TIMEOUT_S: Final = 10.0
+# Times that a source asks its QEMU to let the VM run again, each with a connection of its own and QMP_TIMEOUT_S for each
+# answer, before it leaves the VM to the agent's recovery, which asks every RECOVERY_INTERVAL_S.
+TAKE_BACK_TRIES: Final = 3
+RECOVERY_INTERVAL_S: Final = 5.0
 # How long a stopped agent lets its migrations end before it aborts them.
 STOP_GRACE_S: Final = 10.0
 

@@ -14,8 +14,9 @@ import pytest
 
 from sealane.crypto.identity import Identity, create_identity
 from sealane.host.models import Peer
+from sealane.limits import LOADED_TIMEOUT_S
 from sealane.session.preface import PREFACE_BYTES, ConnectionKind, Preface, encode_preface
-from sealane.testing.faults import cut_before, dial, flip, on_channel, on_preface, replay, serve
+from sealane.testing.faults import cut_before, dial, flip, on_channel, on_preface, replay, serve, stall
 from sealane.testing.pair import AgentHost, make_pair
 from sealane.testing.wiretap import Direction, cut_after, flip_bit
 from tests.e2e.rig import HARDWARE, SLOWLY, WORKLOAD, Attempt, Rig, make_rig
@@ -46,6 +47,18 @@ def test_channel_changed_before_the_hand_over(rig: Rig, change: Any) -> None:
         on_channel(armed=armed, direction="back", change=change), during=lambda _: armed.set(), at_bytes=1, **SLOWLY
     )
     rig.assert_aborted(attempt, "peer.tls", "peer.closed")
+
+
+def test_last_word_held_back() -> None:
+    """Nobody has given the VM up yet, so its pause ends soon, and not with the patience that a launch deserves."""
+    with make_rig(settings="[limits]\nword_timeout_s = 1.0\n") as rig:
+        armed = threading.Event()
+        begun = time.monotonic()
+        attempt = rig.attempt(
+            on_channel(armed=armed, direction="back", change=stall), during=lambda _: armed.set(), at_bytes=1, **SLOWLY
+        )
+        assert time.monotonic() - begun < LOADED_TIMEOUT_S
+        rig.assert_aborted(attempt, "peer.slow", "peer.closed")
 
 
 def test_ticket_lost() -> None:

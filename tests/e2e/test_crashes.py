@@ -4,12 +4,13 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
 from sealane.cli.client import AgentGone
 from sealane.errors import SealaneError
-from sealane.host.models import Migration
+from sealane.host.models import Migration, MigrationRequest
 from sealane.testing.pair import AgentHost
 from tests.e2e.rig import MIB, SLOWLY, Rig, make_rig
 
@@ -55,6 +56,32 @@ def test_destination_agent_killed(rig: Rig) -> None:
     assert recovered.problem.code == "agent.restarted"
     rig.assert_goes_on()
     rig.assert_arrived(rig.attempt())
+
+
+def test_source_qemu_hangs_when_it_should_take_the_vm_back() -> None:
+    """Bounded tries, then the truth in `status`, and the VM runs again as soon as QEMU answers: no person is needed."""
+    with make_rig(settings="[limits]\nqmp_timeout_s = 0.5\n") as rig:
+        qemu = rig.qemu_of(rig.home)
+
+        def hang(migration: Migration) -> None:
+            os.kill(qemu, signal.SIGSTOP)
+            with rig.home.client() as client, suppress(SealaneError):
+                client.cancel(migration.id)
+
+        begun = rig.begin(**SLOWLY)
+        try:
+            last = rig.follow(begun, hang, "copying", MIDDLE)
+            assert (last.state, last.runs_at, last.ended_at) == ("aborted", "nowhere", None), last
+            assert "may be paused here" in last.detail
+            with rig.home.client() as client, pytest.raises(SealaneError, match=r"vm\.busy"):
+                client.start_migration(MigrationRequest(vm=rig.guest.name, host=rig.away.name))
+        finally:
+            os.kill(qemu, signal.SIGCONT)
+        settled = rig.pair.await_end(rig.home, begun.id)
+        assert (settled.state, settled.runs_at) == ("aborted", "source"), settled
+        assert settled.problem
+        assert settled.problem.code in {"migration.cancelled", "vm.unreachable"}
+        rig.assert_goes_on()
 
 
 def test_source_agent_killed(rig: Rig) -> None:

@@ -22,7 +22,9 @@ from sealane.host.agent import Agent
 from sealane.host.api import create_app
 from sealane.host.config import Settings
 from sealane.host.models import Event, Host, Migration, Problem
+from sealane.host.recovery import Recovery
 from sealane.paths import Paths
+from tests.host.factories import migration
 from tests.host.stand_ins import StandInJob, StandInListener, make_source
 
 FINGERPRINT = "SHA256:" + "a" * 64
@@ -156,6 +158,45 @@ async def test_migrations_that_cannot_begin(client: httpx.AsyncClient, agent: Ag
         problem(await client.post("/v1/migrations", json={"vm": vm, "host": host}), code, status)
     await agent.jobs.stop(0)
     problem(await client.post("/v1/migrations", json={"vm": "web01", "host": "host-b"}), "agent.stopping", 503)
+
+
+async def test_ready_is_said_before_what_was_left_is_recovered(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A QEMU that hangs keeps no other VM from being moved; its own VM is held meanwhile."""
+    begun, ready = asyncio.Event(), asyncio.Event()
+
+    async def hangs(_: Recovery) -> list[Migration]:
+        begun.set()
+        await asyncio.Event().wait()
+        return []
+
+    monkeypatch.setattr(Recovery, "recover", hangs)
+    agent = Agent(paths, Settings(name="host-a"), make_listener=StandInListener, make_source=make_source)
+    agent.store.journal(migration(1, state="copying"))
+    life = asyncio.create_task(agent.run(ready.set))
+    await asyncio.wait_for(ready.wait(), 20)
+    await asyncio.wait_for(begun.wait(), 20)
+    assert agent.jobs.active_for("web01")
+    agent.stop()
+    await asyncio.wait_for(life, 20)
+
+
+async def test_a_recovery_that_fails_is_tried_again(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries, thrice = [0], asyncio.Event()
+
+    async def fails(_: Recovery) -> list[Migration]:
+        tries[0] += 1
+        if tries[0] == 3:
+            thrice.set()
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Recovery, "recover", fails)
+    monkeypatch.setattr("sealane.host.agent.RECOVERY_INTERVAL_S", 0.0)
+    agent = Agent(paths, Settings(name="host-a"), make_listener=StandInListener, make_source=make_source)
+    agent.store.journal(migration(1, state="copying"))
+    life = asyncio.create_task(agent.run())
+    await asyncio.wait_for(thrice.wait(), 20)
+    agent.stop()
+    await asyncio.wait_for(life, 20)
 
 
 async def test_a_life_on_a_real_socket(paths: Paths) -> None:

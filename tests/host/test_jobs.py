@@ -11,6 +11,7 @@ from sealane.host.jobs import PROGRESS_WAITING_MAX, Jobs
 from sealane.host.models import Event, Migration, Progress
 from sealane.host.store import Store
 from tests.host.factories import NOW
+from tests.host.factories import migration as a_migration
 from tests.host.stand_ins import StandInJob
 
 
@@ -101,7 +102,7 @@ async def test_events_from_the_present_to_the_end(store: Store) -> None:
         ("source", "handing-over", "in-doubt", "in-doubt"),
         ("source", "completed", "completed", "destination"),
         ("destination", "copying", "aborted", "source"),
-        ("destination", "handing-over", "completed", "destination"),
+        ("destination", "handing-over", "handing-over", "destination"),
     ],
 )
 @pytest.mark.parametrize("error", [make_error("lane.cut"), ValueError("a bug")])
@@ -119,10 +120,52 @@ async def test_failures_end_where_the_table_says(
         assert migration.problem
         assert migration.problem.code == ("internal.error" if isinstance(error, ValueError) else "lane.cut")
         assert "a bug" not in migration.problem.detail
-    if ends == "in-doubt":
+    assert (migration.ended_at is None) == (ends == "handing-over")
+    if ends in {"in-doubt", "handing-over"}:  # recovery, or a person, goes on from there
         assert jobs.active_for("web01") == migration
         with pytest.raises(SealaneError, match=r"vm\.busy"):
             begin(jobs, store)
+
+
+async def test_what_a_job_leaves_is_held_until_recovery_has_settled_it(store: Store) -> None:
+    jobs, issued = Jobs(store), list[Migration]()
+    job = begin(jobs, store)
+
+    def issue(migration: Migration) -> Migration:
+        issued.append(migration)
+        return migration
+
+    job.issue = issue
+    job.steps.put_nowait(lambda: job.leave(state="aborted", runs_at="nowhere", problem=None))
+    job.steps.put_nowait(None)
+    migration = await finished(job)
+    assert (migration.state, migration.ended_at, issued) == ("aborted", None, [])
+    assert jobs.active_for("web01") == migration
+    assert [entry.migration for entry in jobs.left_over()] == [migration]
+    assert [entry.migration.id for entry in store.unfinished()] == [migration.id]
+    jobs.settle(migration.model_copy(update={"runs_at": "source", "ended_at": NOW}))
+    assert jobs.active_for("web01") is None
+    assert store.unfinished() == []
+
+
+async def test_who_follows_what_a_previous_agent_left_hears_what_recovery_found(store: Store) -> None:
+    jobs = Jobs(store)
+    store.journal(a_migration(1, state="copying"))
+    jobs.adopt(store.unfinished()[0])
+    heard: list[Event] = []
+
+    async def follow() -> None:
+        async for event in jobs.events("1"):
+            heard.append(event)
+
+    following = asyncio.create_task(follow())
+    while not heard:
+        await asyncio.sleep(0)
+    assert [event.type for event in heard] == ["state"]
+    jobs.settle(a_migration(1, state="aborted", ended_at=NOW))
+    jobs.looked_at(f"{1:032x}")
+    await asyncio.wait_for(following, 5)
+    assert [(event.type, event.migration.state) for event in heard] == [("state", "copying"), ("end", "aborted")]
 
 
 async def test_cancelling(store: Store) -> None:

@@ -19,7 +19,13 @@ from sealane.host.listener import PeerListener
 from sealane.host.migration.context import MigrationContext
 from sealane.host.migration.enclave_launcher import EnclaveLauncher
 from sealane.host.models import Peer
-from sealane.limits import LANES_MAX, PENDING_CONNECTIONS_MAX, UNPROVEN_ENCLAVES_MAX
+from sealane.limits import (
+    LANES_MAX,
+    MIGRATIONS_PER_PEER_MAX,
+    PENDING_CONNECTIONS_MAX,
+    TCP_USER_TIMEOUT_MS,
+    UNPROVEN_ENCLAVES_MAX,
+)
 from sealane.session.preface import ConnectionKind, Preface, encode_preface
 from tests.enclave.quoting import quoting_line
 from tests.enclave.rig import open_descriptors
@@ -48,13 +54,18 @@ class StandIn:
     context: Any
     migration_id: str
     all: "list[StandIn]"
-    is_proven: bool = False
+    admit: Callable[[str], None]
+    peer_fingerprint: str | None = None
     awaited: dict[bytes, int] = field(default_factory=dict)
     connection: socket.socket | None = None
     lanes: dict[int, socket.socket] = field(default_factory=dict)
     outcome: "asyncio.Future[asyncio.Task[None]]" = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
+
+    @property
+    def is_proven(self) -> bool:
+        return self.peer_fingerprint is not None
 
     def __post_init__(self) -> None:
         self.all.append(self)
@@ -123,7 +134,7 @@ async def port(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Port]:
     receptions: list[StandIn] = []
     before = open_descriptors()
     with monkeypatch.context() as patch:
-        patch.setattr(module, "Reception", lambda context, id: StandIn(context, id, receptions))
+        patch.setattr(module, "Reception", lambda context, id, admit: StandIn(context, id, receptions, admit))
         made = Port(PeerListener(cast(MigrationContext, None), Settings(listen="127.0.0.1", port=0)), receptions)
         await made.listener.start()
         yield made
@@ -189,6 +200,7 @@ async def test_not_a_byte_beyond_the_preface_is_read(port: Port) -> None:
     assert connection is not None
     assert await asyncio.get_running_loop().sock_recv(connection, 100) == b"what follows is TLS"
     assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == TCP_USER_TIMEOUT_MS
 
 
 # ---- crowds
@@ -245,7 +257,7 @@ async def test_a_burst_of_strangers_is_bounded_too(port: Port) -> None:
 
 async def test_proven_peers_are_not_pushed_out_by_strangers(port: Port) -> None:
     await port.connect(channel(1))
-    (await port.reception(1)).is_proven = True
+    (await port.reception(1)).peer_fingerprint = "SHA256:1"
     for number in range(2, 2 * UNPROVEN_ENCLAVES_MAX):
         await port.connect(channel(number))
         await port.reception(number)
@@ -253,6 +265,18 @@ async def test_proven_peers_are_not_pushed_out_by_strangers(port: Port) -> None:
     kept = (await port.reception(1)).connection
     assert kept is not None
     assert kept.fileno() >= 0
+
+
+async def test_one_peer_does_not_take_all_places(port: Port) -> None:
+    for number in range(MIGRATIONS_PER_PEER_MAX + 1):
+        await port.connect(channel(number))
+        reception = await port.reception(number)
+        if number < MIGRATIONS_PER_PEER_MAX:
+            reception.admit("SHA256:1")
+            reception.peer_fingerprint = "SHA256:1"
+    with pytest.raises(PeerError, match=r"peer\.busy"):
+        reception.admit("SHA256:1")
+    reception.admit("SHA256:2")
 
 
 # ---- routes
@@ -273,6 +297,7 @@ async def test_lanes_go_to_their_migration_each_once(port: Port) -> None:
     for index in (1, 0):
         await port.connect(lane(1, index))
         await eventually(partial(reception.lanes.get, index))
+        assert not reception.lanes[index].getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)  # a lane may rest
     for again in (lane(1, 0), lane(1, 2), lane(2, 0)):
         assert await is_closed(await port.connect(again))
 

@@ -1,19 +1,23 @@
 """What a new agent does with each unfinished migration, with real QEMUs and a real journal."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from sealane.errors import SealaneError
+from sealane.errors import SealaneError, make_error
+from sealane.host import recovery as recovery_module
 from sealane.host.jobs import Jobs
+from sealane.host.models import Migration
+from sealane.host.problems import problem_of
 from sealane.host.recovery import Recovery
-from sealane.host.store import Store
+from sealane.host.store import JournalEntry, Store
 from sealane.hypervisor.driver import MigrationParameters
 from sealane.hypervisor.launch import LaunchedMachine, launch_incoming, start_time_ticks
 from sealane.hypervisor.qmp import QmpMachine
-from tests.host.factories import migration
+from tests.host.factories import NOW, migration
 from tests.hypervisor.machines import command, running, skip_without_qemu
 
 pytestmark = pytest.mark.e2e
@@ -164,3 +168,55 @@ async def test_destination_with_the_ticket_runs(tmp_path: Path) -> None:
         store.journal(migration(2, role="destination", state="handing-over"), qmp=str(path))
         await recovered(store, path)
         assert (store.migrations()[0].state, store.migrations()[0].runs_at) == ("completed", "nowhere")
+
+
+@pytest.mark.parametrize("role", ["source", "destination"])
+async def test_what_a_job_could_not_do_at_its_end_is_done_later(tmp_path: Path, role: str) -> None:
+    """Aborted and not ended: a source's VM is still paused, a destination's QEMU still there."""
+    path = tmp_path / "q"
+    with Store(tmp_path / "db") as store:
+        left = migration(1, role=role, state="aborted", runs_at="nowhere", problem=problem_of(make_error("peer.slow")))
+        if role == "destination":
+            machine = await launch_incoming(command(QEMU, path), str(path), tmp_path / "log", 30)
+            store.journal(left, qmp=str(path), launched=machine)
+            await recovered(store, path)
+            assert start_time_ticks(machine.pid) is None
+        else:
+            store.journal(left, qmp=str(path))
+            async with running(command(QEMU, path), path) as source:
+                await source.stop()
+                await source.aclose()
+                await recovered(store, path)
+                assert await run_state(path) == "running"
+        after = store.migrations()[0]
+        assert (after.state, after.runs_at) == ("aborted", "source")
+        assert after.ended_at
+        assert after.problem
+        assert after.problem.code == "peer.slow"  # why it was aborted, not that it was recovered
+
+
+async def test_one_that_hangs_or_fails_oddly_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on = asyncio.Event()
+
+    async def act(_recovery: Recovery, entry: JournalEntry) -> Migration:
+        if entry.migration.number == 1:
+            await goes_on.wait()
+        if entry.migration.number == 2:
+            raise RuntimeError("a bug")
+        return entry.migration.model_copy(update={"state": "aborted", "ended_at": NOW})
+
+    monkeypatch.setitem(recovery_module._ACTIONS, ("source", "copying"), act)
+    with Store(tmp_path / "db") as store:
+        for number in (1, 2, 3):
+            store.journal(migration(number, vm=f"vm{number}", state="copying"))
+        jobs = Jobs(store)
+        recovery = Recovery(store, jobs, lambda _vm: None)
+        recovering = asyncio.create_task(recovery.recover())
+        async with asyncio.timeout(10):
+            while jobs.active_for("vm3"):
+                await asyncio.sleep(0)
+        assert not recovering.done()
+        goes_on.set()
+        assert [settled.number for settled in await recovering] == [1, 3]
+        assert not recovery.is_done
+        assert jobs.active_for("vm2")

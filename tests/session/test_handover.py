@@ -27,7 +27,8 @@ NEEDS = {
 SENDS = {
     (Role.SOURCE, Input.VM_STOPPED): "the whole stream",
     (Role.DESTINATION, Input.VM_STOPPED): "loaded",
-    (Role.SOURCE, Input.RELEASED): "ticket",
+    (Role.SOURCE, Input.RELEASED): "released",  # from then on the ticket may leave at any time, or never
+    (Role.SOURCE, Input.NOT_SENT): "kept",
     (Role.DESTINATION, Input.RECEIPT): "receipt",
     (Role.DESTINATION, Input.REFUSED): "refused",
 }
@@ -48,12 +49,17 @@ class World:
         return Handover(role, self.state(role)).may_resume_here
 
 
-def following(world: World, table: Table) -> set[World]:
+def following(world: World, table: Table, *, not_sent_is_certain: bool = True) -> set[World]:
+    """`not-sent` can only happen as long as the ticket was not sent, which the source knows for certain."""
     found = set()
+    if "released" in world.sent and "kept" not in world.sent:
+        found.add(World(world.source, world.destination, world.sent | {"ticket"}))
     for role in Role:
         for happened, after in table[role].get(world.state(role), {}).items():
             needed = NEEDS.get((role, happened))
             if needed is not None and needed not in world.sent:
+                continue
+            if happened is Input.NOT_SENT and not_sent_is_certain and "ticket" in world.sent:
                 continue
             sent = world.sent | {message for key, message in SENDS.items() if key == (role, happened)}
             states = {Role.SOURCE: world.source, Role.DESTINATION: world.destination, role: after}
@@ -61,10 +67,10 @@ def following(world: World, table: Table) -> set[World]:
     return found
 
 
-def reachable(table: Table) -> set[World]:
+def reachable(table: Table, *, not_sent_is_certain: bool = True) -> set[World]:
     seen, waiting = {World()}, [World()]
     while waiting:
-        fresh = following(waiting.pop(), table) - seen
+        fresh = following(waiting.pop(), table, not_sent_is_certain=not_sent_is_certain) - seen
         seen |= fresh
         waiting += fresh
     return seen
@@ -132,6 +138,10 @@ def test_the_walk_finds_a_table_that_leaves_the_vm_to_nobody() -> None:
     steps = {**TRANSITIONS[Role.DESTINATION][State.HANDING_OVER], Input.RECEIPT: State.ABORTED}
     table = {**TRANSITIONS, Role.DESTINATION: {**TRANSITIONS[Role.DESTINATION], State.HANDING_OVER: steps}}
     assert nobody_can_run(reachable(table))
+
+
+def test_the_walk_finds_a_source_that_takes_an_unsure_ticket_for_one_that_was_not_sent() -> None:
+    assert both_may_run(reachable(TRANSITIONS, not_sent_is_certain=False))
 
 
 @pytest.mark.parametrize("role", Role)

@@ -3,7 +3,8 @@
 They cross one SOCK_SEQPACKET socket pair, one JSON object a packet, file descriptors beside them (SCM_RIGHTS). Nothing
 else connects the two processes but the descriptors that are handed over. Order:
 
-    agent    Begin + channel, quoting the enclave ends TLS on the first, and has evidence made through the second
+    agent    Trust, as often as it takes            (destination)
+             Begin + channel, quoting the enclave ends TLS on the first, and has evidence made through the second
     enclave  PeerEstablished
     both     SendMessage / Message    the agents talk, in what order they like
     agent    ExpectLanes                            (destination)
@@ -58,6 +59,13 @@ class Begin:
     vm: str
     epoch: int
     reattest_every_s: float
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Destination, before Begin: more peers, as Begin's `trusted`; all of them do not fit one call."""
+
+    trusted: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -257,7 +265,8 @@ class Failed:
 
 
 Ecall: TypeAlias = (
-    Begin
+    Trust
+    | Begin
     | OpenLanes
     | ExpectLanes
     | AcceptLane

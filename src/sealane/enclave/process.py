@@ -46,6 +46,7 @@ from sealane.enclave.interface import (
     PeerFinished,
     SendMessage,
     TellClasses,
+    Trust,
     VmWanted,
     WatchGuest,
 )
@@ -53,7 +54,7 @@ from sealane.enclave.monitor import Classified
 from sealane.enclave.quoting import QuotingLine, make_judge_maker
 from sealane.enclave.watching import GuestWatch, answer_of
 from sealane.errors import InternalError, PeerError, SealaneError, make_error
-from sealane.limits import LANES_MAX
+from sealane.limits import LANES_MAX, TRUSTED_MAX
 from sealane.seal.keys import lane_token
 from sealane.session.attestation import Subject
 from sealane.session.channel import (
@@ -95,6 +96,7 @@ class Enclave:
         self._quoting: QuotingLine | None = None
         self._attested_at = self._reattest_every_s = 0.0
         self._outgoing = b""
+        self._trusted: dict[str, str] = {}
         self._migration = ""
         self._is_source = False
         self._listener: socket.socket | None = None
@@ -154,6 +156,8 @@ class Enclave:
 
     def _serve(self, call: Ecall, sockets: list[socket.socket]) -> None:
         match call:
+            case Trust():
+                self._trust(call.trusted)
             case Begin():
                 self._begin(call, *sockets)
             case SendMessage():
@@ -174,6 +178,11 @@ class Enclave:
             case Finish():
                 self._finish()
 
+    def _trust(self, peers: dict[str, str]) -> None:
+        if self._connection is not None or len(self._trusted) + len(peers) > TRUSTED_MAX:
+            raise InternalError("internal.error", "Trust after Begin, or too many peers")
+        self._trusted |= peers
+
     def _begin(self, call: Begin, connection: socket.socket, quoting: socket.socket) -> None:
         if self._connection is not None or call.role not in {"source", "destination"}:
             raise InternalError("internal.error", "a second Begin, or one without a role")
@@ -191,7 +200,7 @@ class Enclave:
             load_identity_pem(call.key_pem.encode(), call.certificate_pem.encode()),
             role=role,
             migration=call.migration,
-            trusted=call.trusted,
+            trusted=self._trusted | call.trusted,
             protection=call.protection,
             cipher=CIPHER_NAME,
             now=begun,

@@ -47,10 +47,10 @@ from sealane.host.receipts.chain import Receipts
 from sealane.host.recovery import Recovery
 from sealane.host.registry import Registry
 from sealane.host.store import Store
+from sealane.hypervisor.launch import trim_log
+from sealane.limits import QEMU_LOG_INTERVAL_S, RECOVERY_INTERVAL_S
 from sealane.paths import Paths
 
-# What could not be recovered at the start (a QEMU that hangs) is tried again this often.
-RECOVERY_INTERVAL_S: Final = 5.0
 # How long open REST requests may take once the migrations have ended.
 API_GRACE_S: Final = 2
 
@@ -179,14 +179,13 @@ class Agent:
         self._stop.set()
 
     async def run(self, on_ready: Callable[[], None] | None = None) -> None:
-        """Recover, serve until `stop`, end cleanly."""
+        """Serve until `stop`, recover meanwhile what was left, end cleanly."""
         try:
             async with AsyncExitStack() as stack:
                 recovery = Recovery(
                     self.store, self.jobs, self._find_qmp, qmp_timeout_s=self.settings.limits.qmp_timeout_s
                 )
                 remove_socket_directories(self.paths.run)
-                await recovery.recover()
                 for migration in self.receipts.catch_up():
                     self.log.info("receipt written late", migration=migration.id[:8], receipt=migration.receipt)
                 await self._serve(stack, recovery)
@@ -203,8 +202,6 @@ class Agent:
         self.log.info("stopped")
 
     async def _serve(self, stack: AsyncExitStack, recovery: Recovery) -> None:
-        retry = asyncio.create_task(self._recover_the_rest(recovery), name="recovery")
-        stack.push_async_callback(_cancelled, retry)
         stack.push_async_callback(self.launcher.stop)
         self.launcher.start()
         stack.push_async_callback(self.quoting.stop)
@@ -225,14 +222,28 @@ class Agent:
         )
         sock = _bind(self.paths.agent_socket)
         stack.callback(self.paths.agent_socket.unlink, missing_ok=True)
+        recovering = asyncio.create_task(self._recover(recovery), name="recovery")
+        stack.push_async_callback(_cancelled, recovering)
+        stack.push_async_callback(_cancelled, asyncio.create_task(self._keep_logs_short(), name="logs"))
         serving = asyncio.create_task(server.serve(sockets=[sock]), name="api")
         serving.add_done_callback(lambda _task: self.stop())
         stack.push_async_callback(_ended, server, serving)
 
-    async def _recover_the_rest(self, recovery: Recovery) -> None:
-        while not recovery.is_done:
+    async def _recover(self, recovery: Recovery) -> None:
+        """Settle what a previous agent left, and then what jobs leave; their VMs are held meanwhile."""
+        while True:
+            try:
+                if not recovery.is_done:
+                    await recovery.recover()
+            except Exception:  # the next attempt may do better, and nothing else would make it
+                self.log.exception("recovery failed")
             await asyncio.sleep(RECOVERY_INTERVAL_S)
-            await recovery.recover()
+
+    async def _keep_logs_short(self) -> None:
+        while True:
+            for log in (self.paths.state / "log").glob("*.log"):
+                trim_log(log)
+            await asyncio.sleep(QEMU_LOG_INTERVAL_S)
 
     def _find_qmp(self, vm: str) -> str | None:
         with contextlib.suppress(SealaneError):

@@ -35,12 +35,26 @@ class LimitSettings(Model):
     migrations_max: Annotated[int, Field(ge=1, le=256, description="Migrations in progress, in and out together.")] = (
         limits.MIGRATIONS_MAX
     )
+    migrations_per_peer_max: Annotated[
+        int, Field(ge=1, le=256, description="Migrations in progress that come from one peer.")
+    ] = limits.MIGRATIONS_PER_PEER_MAX
+    stall_timeout_s: Annotated[
+        float, Field(gt=0, le=3600, description="How long no byte may cross the lanes before a copy is given up.")
+    ] = limits.STALL_TIMEOUT_S
     stop_grace_s: Annotated[
         float, Field(ge=0, le=3600, description="How long a stopping agent lets migrations end before it aborts them.")
     ] = limits.STOP_GRACE_S
     qmp_timeout_s: Annotated[float, Field(gt=0, le=600, description="How long QEMU may take to answer a command.")] = (
         limits.QMP_TIMEOUT_S
     )
+    word_timeout_s: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=600,
+            description="How long the other end's last word before the hand-over may take, while the VM is paused.",
+        ),
+    ] = limits.WORD_TIMEOUT_S
     launch_timeout_s: Annotated[
         float, Field(gt=0, le=3600, description="How long a launched QEMU may take to answer for the first time.")
     ] = limits.LAUNCH_TIMEOUT_S

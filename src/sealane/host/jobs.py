@@ -9,7 +9,8 @@ import contextlib
 import secrets
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, Final, Self
 
@@ -86,8 +87,8 @@ class Subscription:
 class Job(ABC):
     """One migration at one end. A subclass writes `run`; everything it tells goes through `update` and `journal`.
 
-    `run` returns after `end`, or raises: the error's problem then ends the job in the state that the hand-over's table
-    gives for a failure (aborted; in-doubt or completed once handing over). `description` is what a `vm list` shows while
+    `run` returns after `end` or `leave`, or raises: the error's problem then ends the job in the state that the hand-over's
+    table gives for a failure (aborted; in-doubt once handing over). `description` is what a `vm list` shows while
     the job holds the VM's QMP socket.
     """
 
@@ -145,25 +146,43 @@ class Job(ABC):
         If the journal fails now, the end is told all the same; `Jobs` writes it when it next can, and an agent that
         ends before finds the entry before it.
         """
+        return self._conclude({"ended_at": self.clock(), **changes})
+
+    def leave(self, **changes: Any) -> Migration:
+        """The job's last word where the migration's is still to come: something here could not be done yet.
+
+        Journalled and told as `end` is, but `ended_at` stays open: the VM is held, and the agent's recovery goes on.
+        """
+        return self._conclude(changes)
+
+    def _conclude(self, changes: dict[str, Any]) -> Migration:
         if self.ended.is_set():
             return self._migration
-        self._migration = self._with({"ended_at": self.clock(), **changes})
+        self._migration = self._with(changes)
         try:
             self.store.journal(self._migration)
         except SealaneError as error:
             self.end_is_journalled = False
             self.log.error("the end was not journalled", code=error.code, detail=error.detail)
         else:
-            self._migration = self._issue(self._migration)
+            if self._migration.ended_at is not None:
+                self._migration = self._issue(self._migration)
         self.ended.set()
         self._publish("end")
         self._subscriptions.clear()
         return self._migration
 
     def fail(self, error: BaseException) -> Migration:
-        """End with this error, in the state that the hand-over's table gives for a failure here."""
+        """End with this error, in the state that the hand-over's table gives for a failure here.
+
+        A destination that has journalled the ticket owns the VM, and nobody knows here whether it was resumed: recovery
+        resumes it.
+        """
         if State(self._migration.state) in ENDED:
             return self.end()
+        if (self._migration.role, State(self._migration.state)) == ("destination", State.HANDING_OVER):
+            detail = "the VM is this host's; it is resumed as soon as that is possible"
+            return self.leave(problem=problem_of(error), detail=detail)
         state = state_after_failure(self._migration)
         runs_at = runs_at_after(self._migration.role, state)
         return self.end(state=state.value, runs_at=runs_at, problem=problem_of(error))
@@ -246,6 +265,7 @@ class Jobs:
         self._migrations_max = migrations_max
         self._live: dict[str, Job] = {}
         self._left_over: dict[str, Migration] = {}
+        self._awaiting_recovery: dict[str, asyncio.Event] = {}
         self._unwritten: dict[str, Migration] = {}  # ends that the journal did not take
         self._stopping = False
 
@@ -323,7 +343,8 @@ class Jobs:
         """Journal what could not be journalled when it happened; raises as the store does."""
         for migration in list(self._unwritten.values()):
             self._store.journal(migration)
-            self._issue(migration)
+            if migration.ended_at is not None:
+                self._issue(migration)
             del self._unwritten[migration.id]
 
     def _forget(self, job: Job) -> None:
@@ -332,7 +353,7 @@ class Jobs:
             job.fail(make_error(job.cancel_code))
         if not job.end_is_journalled:
             self._unwritten[job.id] = job.migration
-        if State(job.migration.state) not in ENDED:
+        if job.migration.ended_at is None or State(job.migration.state) not in ENDED:
             self._left_over[job.id] = job.migration
 
     # What is there
@@ -381,12 +402,15 @@ class Jobs:
         return self._left_over.get(journalled.id) or self._unwritten.get(journalled.id, journalled)
 
     async def events(self, reference: str) -> AsyncIterator[Event]:
-        """The events of a migration to its end; of one that no job runs: its state, and that this is all."""
+        """The events of a migration to its end. Of one that no job runs: its state, and that this is all; where a
+        previous agent left it, after recovery has looked at it once."""
         job = self.job(self.find(reference).id)
         if job is None:
             migration = self.find(reference)
             yield Event(type="state", migration=migration)
-            yield Event(type="end", migration=migration)
+            if (attempt := self._awaiting_recovery.get(migration.id)) is not None:
+                await attempt.wait()
+            yield Event(type="end", migration=self.find(migration.id))
             return
         subscription = job.subscribe()
         try:
@@ -410,12 +434,27 @@ class Jobs:
     def adopt(self, entry: JournalEntry) -> None:
         """Hold the VM of an unfinished migration that no job runs."""
         self._left_over[entry.migration.id] = entry.migration
+        self._awaiting_recovery[entry.migration.id] = asyncio.Event()
+
+    def left_over(self) -> Sequence[JournalEntry]:
+        """What no job runs and nobody has ended: of a previous agent, and what jobs of this one left. The oldest first."""
+        entries = []
+        for migration in sorted(self._left_over.values(), key=lambda each: each.number):
+            known = self._store.find(migration.id)
+            entries.append(replace(known[0], migration=migration) if known else JournalEntry(migration))
+        return entries
+
+    def looked_at(self, migration_id: str) -> None:
+        """Recovery has tried once; whoever follows the migration is told how it stands."""
+        if (attempt := self._awaiting_recovery.pop(migration_id, None)) is not None:
+            attempt.set()
 
     def settle(self, migration: Migration) -> Migration:
         """Journal what became of an adopted migration; once it has ended, its VM is free."""
         self._store.journal(migration)
+        self._unwritten.pop(migration.id, None)
         migration = self._receipted(migration)
-        if State(migration.state) in ENDED:
+        if migration.ended_at is not None and State(migration.state) in ENDED:
             self._left_over.pop(migration.id, None)
         else:
             self._left_over[migration.id] = migration

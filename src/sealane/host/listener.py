@@ -14,11 +14,11 @@ from typing import Final
 
 import structlog
 
-from sealane.errors import HostError, SealaneError
+from sealane.errors import HostError, PeerError, SealaneError
 from sealane.host.config import Settings
 from sealane.host.migration.context import MigrationContext
 from sealane.host.migration.destination import Reception
-from sealane.host.migration.dialling import tune
+from sealane.host.migration.dialling import give_up_when_unanswered, tune
 from sealane.limits import PENDING_CONNECTIONS_MAX, PREFACE_TIMEOUT_S, UNPROVEN_ENCLAVES_MAX
 from sealane.session.preface import PREFACE_BYTES, ConnectionKind, Preface, parse_preface
 
@@ -119,6 +119,7 @@ class PeerListener:
         elif preface.label in self._receptions:
             connection.close()
         else:
+            give_up_when_unanswered(connection)
             self._receive(preface.label, connection)
 
     def _receive(self, migration_id: bytes, connection: socket.socket) -> None:
@@ -126,7 +127,7 @@ class PeerListener:
             self._log.warning("too many receptions begin at once; one was turned away")
             connection.close()
             return
-        reception = Reception(self._context, migration_id.hex())
+        reception = Reception(self._context, migration_id.hex(), self._admit)
         self._receptions[migration_id] = reception
         task = asyncio.create_task(self._serve(reception, connection), name="reception")
         self._beginning[migration_id] = task
@@ -138,6 +139,12 @@ class PeerListener:
         ]
         if len(strangers) > UNPROVEN_ENCLAVES_MAX:
             strangers[0].cancel()
+
+    def _admit(self, fingerprint: str) -> None:
+        """Raise `peer.busy` where this peer has as much under way as one may have: no peer takes all places."""
+        most = self._settings.limits.migrations_per_peer_max
+        if sum(each.peer_fingerprint == fingerprint for each in self._receptions.values()) >= most:
+            raise PeerError("peer.busy", f"this host is at its limit of {most} migrations from one peer")
 
     async def _serve(self, reception: Reception, connection: socket.socket) -> asyncio.Task[None] | None:
         try:

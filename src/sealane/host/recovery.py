@@ -1,15 +1,20 @@
-"""What a new agent does with the migrations that a previous one left unfinished.
+"""What an agent does with the migrations that no job runs and nobody has ended.
+
+A previous agent left them, or a job of this one that could not do its last step (`Job.leave`).
 
     role         journalled state                        what is done
     source       preparing, copying, switching-over      reclaim: cancel in QEMU, let the VM run again, aborted
+    source       aborted, but not ended                  the same: QEMU did not let the VM run again when it was asked
     source       handing-over, in-doubt                  the VM stays paused: in-doubt; one that runs was refused: aborted
     source       completed, but not ended                the receipt came: end the copy that QEMU says it sent away
     destination  preparing, copying, switching-over      destroy the launched QEMU, aborted
+    destination  aborted, but not ended                  the same: the launched QEMU could not be destroyed
     destination  handing-over                            the ticket is ours: resume, completed
 
 What cannot be settled now (a QEMU that does not answer) keeps its state and holds its VM; `recover` is then called again.
 """
 
+import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
@@ -42,30 +47,41 @@ class Recovery:
         self._jobs = jobs
         self._find_qmp = find_qmp
         self._qmp_timeout_s = qmp_timeout_s
-        self._open = {entry.migration.id: entry for entry in store.unfinished()}
-        for entry in self._open.values():
+        self._settled: set[str] = set()
+        for entry in store.unfinished():
             jobs.adopt(entry)
+
+    def _open(self) -> list[JournalEntry]:
+        """All but what is in doubt and was looked at: of that only the peer or a person knows more."""
+        return [entry for entry in self._jobs.left_over() if entry.migration.id not in self._settled]
 
     @property
     def is_done(self) -> bool:
         """Whether everything has been settled."""
-        return not self._open
+        return not self._open()
 
     async def recover(self) -> list[Migration]:
-        """One attempt at all that is open, one after the other; returns what was settled."""
-        settled = []
-        for entry in list(self._open.values()):
-            log = _log.bind(migration=entry.migration.id[:8], vm=entry.migration.vm, role=entry.migration.role)
-            try:
-                action = _ACTIONS[entry.migration.role, entry.migration.state]
-                migration = self._jobs.settle(await action(self, entry))
-            except SealaneError as error:
-                log.warning("not recovered yet", code=error.code, detail=error.detail)
-                continue
-            del self._open[entry.migration.id]
-            log.info("recovered", state=migration.state, runs_at=migration.runs_at, detail=migration.detail)
-            settled.append(migration)
-        return settled
+        """One attempt at all that is open, all at once; returns what was settled. Never raises for one of them."""
+        settled = await asyncio.gather(*(self._settle(entry) for entry in self._open()))
+        return [migration for migration in settled if migration is not None]
+
+    async def _settle(self, entry: JournalEntry) -> Migration | None:
+        log = _log.bind(migration=entry.migration.id[:8], vm=entry.migration.vm, role=entry.migration.role)
+        try:
+            action = _ACTIONS[entry.migration.role, entry.migration.state]
+            migration = self._jobs.settle(await action(self, entry))
+        except SealaneError as error:
+            log.warning("not recovered yet", code=error.code, detail=error.detail)
+            return None
+        except Exception:
+            log.exception("not recovered yet")
+            return None
+        finally:
+            self._jobs.looked_at(entry.migration.id)
+        if migration.state not in ENDED:
+            self._settled.add(migration.id)
+        log.info("recovered", state=migration.state, runs_at=migration.runs_at, detail=migration.detail)
+        return migration
 
     def _machine(self, entry: JournalEntry) -> QmpMachine:
         path = entry.qmp or self._find_qmp(entry.migration.vm)
@@ -76,7 +92,7 @@ class Recovery:
         return QmpMachine.connect(path, self._qmp_timeout_s)
 
     async def _reclaim(self, entry: JournalEntry) -> Migration:
-        ours = STOPPED_BY_MIGRATION | ({"paused"} if entry.migration.state == "switching-over" else set())
+        ours = STOPPED_BY_MIGRATION | ({"paused"} if entry.migration.state in {"switching-over", "aborted"} else set())
         try:
             async with self._machine(entry) as machine:
                 await machine.cancel_migration()
@@ -145,18 +161,18 @@ class Recovery:
 
 def _changed(entry: JournalEntry, **changes: Any) -> Migration:
     migration = Migration.model_validate({**entry.migration.model_dump(), **changes})
-    return migration.model_copy(update={"ended_at": utc_now() if migration.state in ENDED else None})
+    return migration.model_copy(update={"ended_at": utc_now()}) if migration.state in ENDED else migration
 
 
 def _aborted(entry: JournalEntry, runs_at: RunsAt, detail: str) -> Migration:
-    problem = problem_of(make_error("agent.restarted"))
+    problem = entry.migration.problem or problem_of(make_error("agent.restarted"))
     return _changed(entry, state="aborted", runs_at=runs_at, problem=problem, detail=detail)
 
 
 _ACTIONS: Final[Mapping[tuple[str, str], Callable[[Recovery, JournalEntry], Awaitable[Migration]]]] = {
-    **{("source", state): Recovery._reclaim for state in ("preparing", "copying", "switching-over")},
+    **{("source", state): Recovery._reclaim for state in ("preparing", "copying", "switching-over", "aborted")},
     **{("source", state): Recovery._keep_in_doubt for state in ("handing-over", "in-doubt")},
     ("source", "completed"): Recovery._end_copy,
-    **{("destination", state): Recovery._destroy for state in ("preparing", "copying", "switching-over")},
+    **{("destination", state): Recovery._destroy for state in ("preparing", "copying", "switching-over", "aborted")},
     **{("destination", state): Recovery._take_over for state in ("handing-over", "in-doubt")},
 }

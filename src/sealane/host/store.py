@@ -246,11 +246,11 @@ class Store:
     def unfinished(self) -> list[JournalEntry]:
         """Migrations that have not ended, the oldest first.
 
-        A source's `completed` without an end is one of them: the receipt came, and the paused copy may still be here.
+        `completed` and `aborted` without an end are among them: who owns the VM is settled, and something is still to be
+        done here (a paused copy to be ended, a VM to be resumed, a launched QEMU to be destroyed).
         """
         return self._entries(
-            "WHERE state NOT IN ('completed', 'aborted') OR (state = 'completed' AND role = 'source' "
-            "AND json_extract(snapshot, '$.ended_at') IS NULL) ORDER BY number"
+            "WHERE state NOT IN ('completed', 'aborted') OR json_extract(snapshot, '$.ended_at') IS NULL ORDER BY number"
         )
 
     def migrations(self, *, vm: str | None = None, limit: int = HISTORY_LIMIT) -> list[Migration]:
@@ -285,7 +285,7 @@ class Store:
     def without_receipt(self) -> list[Migration]:
         """Migrations that rest in a state for which no receipt was noted, the oldest first."""
         clause = (
-            "WHERE state IN ('completed', 'aborted', 'in-doubt') AND NOT EXISTS (SELECT 1 FROM receipts "
+            "WHERE (state = 'in-doubt' OR json_extract(snapshot, '$.ended_at') IS NOT NULL) AND NOT EXISTS (SELECT 1 FROM receipts "
             "WHERE receipts.migration = migrations.id AND receipts.state = migrations.state) ORDER BY number"
         )
         return [entry.migration for entry in self._entries(clause)]

@@ -8,18 +8,19 @@ alone is not enough, the kernel gives it out again.
 import asyncio
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from sealane.errors import SealaneError, make_error
 from sealane.hypervisor.qmp import QmpMachine
-from sealane.limits import LAUNCH_TIMEOUT_S
+from sealane.limits import LAUNCH_TIMEOUT_S, QEMU_LOG_MAX
 
 # QEMU has no way to say that its socket is there; a connection costs some 50 microseconds.
 SOCKET_LOOK_INTERVAL_S: Final = 0.02
@@ -30,6 +31,11 @@ KILL_GRACE_S: Final = 10.0
 LOG_TAIL_BYTES: Final = 4096
 # An agent ignores or handles these; the hypervisor must meet them as a shell would hand them over.
 _SIGNALS_TO_DEFAULT: Final = (signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+# Every launch is marked in its processes' environment: what a command forks and leaves behind is found by it.
+_MARK: Final = "SEALANE_LAUNCH"
+# A process may fork while its siblings are looked for.
+_SWEEPS: Final = 5
 
 # systemd's words to the agent are not for its children.
 _OURS_ALONE: Final = frozenset({"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID"})
@@ -79,7 +85,8 @@ async def launch_incoming(
     if not argv:
         raise make_error("launch.failed", "the launch command is empty")
     await remove_stale_socket(qmp_path)
-    child = _spawn(incoming_argv(argv), log_path)
+    mark = secrets.token_hex(16)
+    child = _spawn(incoming_argv(argv), log_path, mark)
     processes: list[LaunchedMachine] = []
 
     def note(machine: LaunchedMachine) -> None:
@@ -92,12 +99,40 @@ async def launch_incoming(
         async with asyncio.timeout(timeout_s):
             return await _wait_answer(child, qmp_path, log_path, note)
     except BaseException as error:
-        for machine in reversed(processes):
-            await destroy(machine.pid, machine.start_time_ticks, qmp_path=qmp_path)
+        await _sweep(reversed(processes), mark, qmp_path)
         if isinstance(error, TimeoutError):
             detail = f"no answer on {qmp_path} within {timeout_s:g} s; {last_words(log_path)}"
             raise make_error("launch.slow", detail) from None
         raise
+
+
+async def _sweep(noted: Iterable[LaunchedMachine], mark: str, qmp_path: str) -> None:
+    """End what a launch that failed has started: what was noted, and what carries its mark (a daemon not yet met).
+
+    Whatever cannot be ended stays noted with the caller, who has to `destroy` it and hears of it then.
+    """
+    with contextlib.suppress(SealaneError):
+        for machine in noted:
+            await _end_process(machine.pid, machine.start_time_ticks)
+        for _ in range(_SWEEPS):
+            if not (left := _marked(mark)):
+                break
+            for machine in left:
+                await _end_process(machine.pid, machine.start_time_ticks)
+        await remove_stale_socket(qmp_path)
+
+
+def _marked(mark: str) -> list[LaunchedMachine]:
+    word, found = f"{_MARK}={mark}".encode(), []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            if word in (process / "environ").read_bytes().split(b"\0"):
+                pid = int(process.name)
+                if (ticks := start_time_ticks(pid)) is not None:
+                    found.append(LaunchedMachine(pid, ticks))
+    return found
 
 
 async def _wait_answer(
@@ -137,18 +172,21 @@ async def remove_stale_socket(path: str) -> None:
             raise make_error("launch.failed", f"{path} is there and is not a socket")
     except FileNotFoundError:
         return
+    if _is_served(path):
+        raise make_error("launch.failed", f"another process listens on {path}")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _is_served(path: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         try:
             probe.connect(path)
-        except ConnectionRefusedError:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            return
-        except FileNotFoundError:
-            return
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
         except OSError:
             pass  # a full backlog: somebody listens
-    raise make_error("launch.failed", f"another process listens on {path}")
+    return True
 
 
 # Ending
@@ -157,10 +195,15 @@ async def remove_stale_socket(path: str) -> None:
 async def destroy(pid: int, start_time_ticks_: int, *, qmp_path: str | None = None) -> bool:
     """End exactly this process: SIGTERM, then SIGKILL; then remove its QMP socket. False when it was gone already.
 
+    Raises `host.permission` where the process may not be ended, and where another one still serves the VM's socket: as
+    long as somebody does, nobody may say that the VM is gone.
+
     The start time is compared after the pidfd is open, so that the signal cannot reach a process that got the pid since.
     """
     ended = await _end_process(pid, start_time_ticks_)
     if qmp_path is not None:
+        if _is_served(qmp_path):
+            raise make_error("host.permission", f"process {pid} has ended, and another one serves {qmp_path}")
         with contextlib.suppress(SealaneError):
             await remove_stale_socket(qmp_path)
     return ended
@@ -177,8 +220,12 @@ async def _end_process(pid: int, expected_start: int) -> bool:
         if start_time_ticks(pid) != expected_start:
             return False
         for number, grace_s in ((signal.SIGTERM, TERM_GRACE_S), (signal.SIGKILL, KILL_GRACE_S)):
-            with contextlib.suppress(ProcessLookupError):
+            try:
                 signal.pidfd_send_signal(pidfd, number)
+            except ProcessLookupError:
+                pass
+            except OSError as error:
+                raise make_error("host.permission", f"cannot end process {pid}: {error.strerror}") from error
             if await _readable(pidfd, grace_s):
                 return True
     finally:
@@ -243,7 +290,7 @@ def _reap(pid: int) -> None:
         child.reap()
 
 
-def _spawn(argv: Sequence[str], log_path: Path) -> _Child:
+def _spawn(argv: Sequence[str], log_path: Path, mark: str) -> _Child:
     program = shutil.which(argv[0])
     if program is None:
         raise make_error("launch.failed", f"no program {argv[0]}")
@@ -256,7 +303,7 @@ def _spawn(argv: Sequence[str], log_path: Path) -> _Child:
             pid = os.posix_spawn(
                 program,
                 list(argv),
-                {name: value for name, value in os.environ.items() if name not in _OURS_ALONE},
+                {**{name: value for name, value in os.environ.items() if name not in _OURS_ALONE}, _MARK: mark},
                 file_actions=[
                     (os.POSIX_SPAWN_DUP2, nothing.fileno(), 0),
                     (os.POSIX_SPAWN_DUP2, log.fileno(), 1),
@@ -271,6 +318,25 @@ def _spawn(argv: Sequence[str], log_path: Path) -> _Child:
     child = _Child(pid)
     _CHILDREN[pid] = child
     return child
+
+
+def trim_log(log_path: Path, limit_bytes: int = QEMU_LOG_MAX) -> None:
+    """Keep a launched QEMU's log below the limit: beyond it, only the later half of the limit stays.
+
+    QEMU goes on writing where the file then ends (O_APPEND); what it wrote in that very moment may be lost.
+    """
+    try:
+        with open(log_path, "r+b") as log:
+            size = os.fstat(log.fileno()).st_size
+            if size <= limit_bytes:
+                return
+            log.seek(size - limit_bytes // 2)
+            tail = log.read(limit_bytes // 2)
+            log.truncate(0)
+        with open(log_path, "ab") as log:
+            log.write(tail)
+    except OSError:
+        return  # no log, or no room: there is nothing to be said about it
 
 
 def last_words(log_path: Path, lines: int = 1) -> str:

@@ -32,7 +32,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from sealane.crypto.identity import Identity
 from sealane.crypto.tls import TlsConnection
-from sealane.errors import CATALOGUE, InternalError, PeerError, SealaneError, make_error
+from sealane.errors import CATALOGUE, InternalError, PeerError, SealaneError, make_error, printable
 from sealane.limits import CHANNEL_MESSAGE_MAX
 from sealane.session.attestation import (
     Action,
@@ -361,8 +361,7 @@ def _parse_refusal(payload: bytes) -> SealaneError:
     code, detail = said.get("code"), said.get("detail")
     if not isinstance(code, str) or not isinstance(detail, str) or code not in CATALOGUE:
         raise PeerError("peer.message", "a refusal without a known code")
-    printable = "".join(character if character.isprintable() else "?" for character in detail[:500])
-    return make_error(code, f"the peer says: {printable}")
+    return make_error(code, f"the peer says: {printable(detail)}")
 
 
 def _parse_object(payload: bytes) -> dict[str, Any]:

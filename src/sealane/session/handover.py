@@ -8,6 +8,7 @@ The invariant (`docs/handover.md`): at no time do two copies of a VM run, and no
 * The source enters `handing-over` only by journalling `released`: from then on it never resumes the VM, unless the
   destination says that it refused the ticket and destroyed its copy. Before it, every doubt resumes the VM at the source.
 * The destination enters `handing-over` by journalling the ticket; only then does it resume the VM.
+* A ticket that certainly never left this host's agent (`not-sent`) was given to nobody: the source resumes the VM.
 * A source that loses the peer while handing over is `in-doubt`: the VM stays paused.
 """
 
@@ -43,6 +44,7 @@ class Input(StrEnum):
     PREPARED = "prepared"  # both ends checked, lanes open
     VM_STOPPED = "vm-stopped"  # QEMU paused the VM for the switch-over
     RELEASED = "released"  # source: journalled that it gives the VM up
+    NOT_SENT = "not-sent"  # source: the ticket could not be given even to the own enclave
     TICKET_JOURNALLED = "ticket-journalled"  # destination: journalled that the VM is its own
     RECEIPT = "receipt"  # source: received; destination: sent, the VM runs
     FAILED = "failed"  # anything that went wrong, cancel included
@@ -63,6 +65,7 @@ TRANSITIONS: Final[Mapping[Role, Mapping[State, Mapping[Input, State]]]] = {
         State.HANDING_OVER: {
             Input.RECEIPT: State.COMPLETED,
             Input.REFUSED: State.ABORTED,
+            Input.NOT_SENT: State.ABORTED,
             Input.FAILED: State.IN_DOUBT,
         },
         State.IN_DOUBT: {Input.RECEIPT: State.COMPLETED, Input.REFUSED: State.ABORTED, Input.FAILED: State.IN_DOUBT},

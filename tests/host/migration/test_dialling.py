@@ -10,7 +10,14 @@ import pytest
 from sealane import limits
 from sealane.errors import HostError, PeerError
 from sealane.host.migration import dialling
-from sealane.host.migration.dialling import SocketDirectory, dial_peer, dial_vm, listen_for_vm
+from sealane.host.migration.dialling import (
+    SocketDirectory,
+    all_or_none,
+    dial_peer,
+    dial_vm,
+    give_up_when_unanswered,
+    listen_for_vm,
+)
 from tests.enclave.rig import open_descriptors
 
 
@@ -28,9 +35,34 @@ async def test_a_peer_is_dialled_without_delay_and_noticed_when_it_vanishes() ->
             (socket.TCP_KEEPIDLE, limits.TCP_KEEPALIVE_IDLE_S),
             (socket.TCP_KEEPINTVL, limits.TCP_KEEPALIVE_INTERVAL_S),
             (socket.TCP_KEEPCNT, limits.TCP_KEEPALIVE_PROBES),
-            (socket.TCP_USER_TIMEOUT, limits.TCP_USER_TIMEOUT_MS),
+            (socket.TCP_USER_TIMEOUT, 0),  # a lane's reader may rest as long as QEMU does
         ):
             assert connection.getsockopt(tcp, option) == value
+        give_up_when_unanswered(connection)
+        assert connection.getsockopt(tcp, socket.TCP_USER_TIMEOUT) == limits.TCP_USER_TIMEOUT_MS
+
+
+async def test_lanes_are_dialled_at_once_and_all_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting, all_wait = 0, asyncio.Event()
+
+    async def dial(index: int, *, fails: bool) -> socket.socket:
+        nonlocal waiting
+        waiting += 1
+        if waiting == 3:
+            all_wait.set()
+        await asyncio.wait_for(all_wait.wait(), 10)  # one after the other, nobody would come this far
+        if fails and index == 1:
+            raise PeerError("peer.unreachable", "the second one")
+        return socket.socket()
+
+    before = open_descriptors()
+    for connection in await all_or_none([dial(index, fails=False) for index in range(3)]):
+        connection.close()
+    waiting = 0
+    all_wait.clear()
+    with pytest.raises(PeerError, match="the second one"):
+        await all_or_none([dial(index, fails=True) for index in range(3)])
+    assert open_descriptors() == before
 
 
 async def test_nobody_listens() -> None:

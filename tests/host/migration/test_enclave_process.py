@@ -4,6 +4,7 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -30,6 +31,7 @@ from sealane.host.migration import enclave_process
 from sealane.host.migration.enclave_launcher import EnclaveLauncher
 from sealane.host.migration.enclave_process import Child, EnclaveProcess, uninterrupted
 from sealane.host.migration.messages import Loaded, Prepared
+from sealane.limits import TRUSTED_PER_CALL
 from tests.enclave.quoting import quoting_line
 from tests.enclave.rig import open_descriptors, receive_exactly, tcp_pair
 from tests.session.rig import DESTINATION, MIGRATION, NOW, SOURCE, SUBJECT
@@ -96,6 +98,22 @@ async def test_two_agents_talk_through_real_enclaves_and_leave_nothing(launcher:
         each.finish()  # harmless, as is abort
         each.abort(make_error("peer.slow"))
     assert open_descriptors() == before
+
+
+async def test_more_peers_are_trusted_than_one_call_can_name(launcher: EnclaveLauncher) -> None:
+    """The one that comes is the first of very many; a full socket is waited for."""
+    source, destination = await launcher.start_enclave(), await launcher.start_enclave()
+    here, there = tcp_pair()
+    source.call(begin("source"), here, line(SOURCE))
+    receive_exactly(there, 32)
+    crowd = {f"SHA256:{number:064x}": f"host-{number:040d}" for number in range(5000)}
+    rest = await destination.tell_trusted({**begin("destination").trusted, **crowd})
+    assert 0 < len(rest) <= TRUSTED_PER_CALL
+    destination.call(replace(begin("destination"), trusted=rest), there, line(DESTINATION))
+    for each in (source, destination):
+        await each.wait(each.established, 20, "peer.slow", "handshake")
+        each.finish()
+    await asyncio.gather(source.reap(), destination.reap())
 
 
 async def test_an_abort_tells_the_other_end_why(launcher: EnclaveLauncher) -> None:

@@ -12,13 +12,14 @@ Up to the journalling of the ticket every failure destroys what was launched her
 import asyncio
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
 from sealane.enclave.interface import AcceptLane, AttachVm, Begin, ExpectLanes, LaneTokens, PeerEstablished, SendMessage
-from sealane.errors import ControlError, InternalError, SealaneError, make_error
+from sealane.errors import ControlError, InternalError, SealaneError, for_peer, make_error
 from sealane.host.jobs import Job
 from sealane.host.migration import messages
 from sealane.host.migration.checks import (
@@ -32,6 +33,7 @@ from sealane.host.migration.dialling import SocketDirectory, dial_vm
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
 from sealane.host.migration.gate import pass_gate, trust_of
 from sealane.host.migration.receipt_exchange import give_copy, take_copy
+from sealane.host.migration.stall import StallLimit
 from sealane.host.models import Migration, Name, Progress, Result, VmDefinition
 from sealane.host.problems import problem_of
 from sealane.host.quoting import incoming_binaries
@@ -45,13 +47,12 @@ from sealane.limits import (
     HANDSHAKE_TIMEOUT_S,
     LANE_OPEN_TIMEOUT_S,
     LOADED_TIMEOUT_S,
+    PREPARE_TIMEOUT_S,
     QMP_TIMEOUT_S,
 )
 from sealane.session.handover import Handover, Input, Role
 
 PROGRESS_EVERY_S: Final = 0.5
-# The source may want to ask a hook and write its journal between our `loaded` and its ticket.
-_TICKET_WAIT_S: Final = LOADED_TIMEOUT_S
 _GOODBYE_WAIT_S: Final = 5.0
 # An enclave that closed the lanes says at once why; the source waits longer for our word than we for its.
 _REASON_WAIT_S: Final = 0.7
@@ -65,11 +66,20 @@ _NAME: Final[TypeAdapter[str]] = TypeAdapter(Name)
 class Reception:
     """One channel from its preface to the VM that the peer names; afterwards it routes lanes to the enclave."""
 
-    def __init__(self, context: MigrationContext, migration_id: str) -> None:
+    def __init__(
+        self, context: MigrationContext, migration_id: str, admit: Callable[[str], None] = lambda fingerprint: None
+    ) -> None:
+        """`admit` is given the fingerprint of a peer that proved itself, and raises where it has too much under way."""
         self._context, self._id = context, migration_id
         self._enclave: EnclaveProcess | None = None
         self._lanes_awaited: dict[bytes, int] = {}  # by token
-        self.is_proven = False
+        self._admit = admit
+        self.peer_fingerprint: str | None = None
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether the peer has proved who it is."""
+        return self.peer_fingerprint is not None
 
     async def meet(self, connection: socket.socket) -> Job:
         """Meet the peer and begin the job that it asks for; raises SealaneError, having told the peer."""
@@ -84,7 +94,8 @@ class Reception:
             except SealaneError as error:
                 self._note_unproven(error)
                 raise
-            self.is_proven = True
+            self._admit(met.peer_fingerprint)
+            self.peer_fingerprint = met.peer_fingerprint
             return await self._asked(enclave, met)
         except BaseException as error:
             await uninterrupted(_turn_away(enclave, error))
@@ -94,7 +105,7 @@ class Reception:
         """The job that the peer asks for. A known peer's wish leaves a journal entry and a receipt, whatever refuses it."""
         vm = _name_or(met.vm, UNNAMED)
         try:
-            prepare = await enclave.expect(messages.Prepare, CHANNEL_ANSWER_TIMEOUT_S)
+            prepare = await enclave.expect(messages.Prepare, PREPARE_TIMEOUT_S)
             vm = prepare.vm
             return self._begin_job(enclave, met, prepare)
         except SealaneError as error:
@@ -110,6 +121,7 @@ class Reception:
     async def _handshake(self, enclave: EnclaveProcess, connection: socket.socket) -> PeerEstablished:
         identity = self._context.identity
         try:
+            trusted = await enclave.tell_trusted({peer.fingerprint: peer.name for peer in self._context.peers.list()})
             vms = self._context.registry.definitions().values()
             quoting = self._context.quoting.connect(enclave.pid, incoming_binaries(vm.launch_incoming for vm, _ in vms))
         except BaseException:
@@ -121,7 +133,7 @@ class Reception:
                 migration=self._id,
                 key_pem=identity.key_pem.decode(),
                 certificate_pem=identity.certificate_pem.decode(),
-                trusted={peer.fingerprint: peer.name for peer in self._context.peers.list()},
+                trusted=trusted,
                 protection=PROTECTION,
                 now=utc_now().isoformat(),
                 vm="",
@@ -144,6 +156,9 @@ class Reception:
             raise ControlError("check.vm-unknown", f"this host knows no VM {prepare.vm}") from None
         if not vm.launch_incoming:
             raise ControlError("check.no-launch", f"{prepare.vm} has no launch command here")
+        if (known := self._context.store.epoch(vm.name)) > prepare.epoch:
+            words = f"{vm.name} would come with epoch {prepare.epoch + 1}, and {known} was here already"
+            raise ControlError("handover.refused", words)
         return self._context.jobs.begin(
             lambda migration: DestinationMigration(self._context, self, enclave, met, prepare, vm, migration),
             vm=vm.name,
@@ -173,7 +188,7 @@ class Reception:
 
 
 async def _turn_away(enclave: EnclaveProcess, error: BaseException) -> None:
-    enclave.abort(error if isinstance(error, SealaneError) else InternalError("internal.error"))
+    enclave.abort(for_peer(error) if isinstance(error, SealaneError) else InternalError("internal.error"))
     await enclave.reap()
 
 
@@ -247,7 +262,7 @@ class DestinationMigration(Job):
             self._enclave.call(SendMessage(messages.Loaded(digest=digest).model_dump_json()))
             # journalled while the word travels: up to the ticket, copying and switching-over recover alike
             self._step(Input.VM_STOPPED, detail="everything came and is loaded, paused")
-            ticket = await self._enclave.expect(messages.Ticket, _TICKET_WAIT_S)
+            ticket = await self._enclave.expect(messages.Ticket, self._context.settings.limits.word_timeout_s)
             self._check_ticket(ticket, digest)
             await self._take_over(qemu, ticket)
 
@@ -324,9 +339,11 @@ class DestinationMigration(Job):
     async def _load(self, qemu: QmpMachine) -> str:
         """Wait until QEMU has loaded everything and both ends have closed every lane; returns the lanes' digest."""
         waiting = asyncio.ensure_future(qemu.wait_migration({"completed"}))
+        stall = StallLimit(self._context.settings.limits.stall_timeout_s)
         try:
             while not waiting.done():
                 await self._watch(asyncio.wait({waiting}, timeout=PROGRESS_EVERY_S))
+                stall.look(self._enclave.counters.wire_bytes)
                 self.update(progress=Progress(bytes_wire=self._enclave.counters.wire_bytes))
             await waiting
         finally:
@@ -388,13 +405,18 @@ class DestinationMigration(Job):
         if self._handover.may_resume_here:
             await self._refuse_or_keep(reason)
             return
-        if self._loaded_told:  # the source may have given the VM up already: only our word brings it back there
-            await self._refuse(reason)
+        try:
+            if self._loaded_told:  # the source may have given the VM up already: only our word brings it back there
+                await self._refuse(reason)
+            else:
+                self._enclave.abort(for_peer(reason))
+                await self._destroy()
+        except SealaneError as stuck:
+            self._enclave.abort(for_peer(reason))
+            detail = f"what was launched here is still there: {stuck.detail}"
+            self.leave(state="aborted", runs_at="source", problem=problem_of(reason), detail=detail)
+        else:
             self.end(state="aborted", runs_at="source", problem=problem_of(reason))
-            return
-        self._enclave.abort(reason)
-        await self._destroy()
-        self.end(state="aborted", runs_at="source", problem=problem_of(reason))
 
     async def _refuse_or_keep(self, reason: SealaneError) -> None:
         """The ticket is ours. A copy that runs stays, whoever else failed; one that never ran may be given back."""
@@ -424,7 +446,7 @@ class DestinationMigration(Job):
     async def _refuse(self, reason: SealaneError) -> None:
         """Destroy the copy, which never ran, and then say so to the source."""
         await self._destroy()
-        refusal = messages.TicketRefused(code=reason.code, detail=reason.detail[:1000])
+        refusal = messages.TicketRefused(code=reason.code, detail=for_peer(reason).detail[:1000])
         try:
             self._enclave.call(SendMessage(refusal.model_dump_json()))
         except SealaneError as lost:

@@ -5,7 +5,9 @@ import contextlib
 import shutil
 import socket
 import sys
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 from sealane.errors import HostError, PeerError
 from sealane.limits import (
@@ -26,7 +28,7 @@ _WINDOW_MAX = (1 << 31) - 1
 
 
 def tune(connection: socket.socket, congestion_control: str) -> None:
-    """No delay for small records, a vanished peer is noticed (RFC 9293 3.8.4, RFC 5482), little waits in buffers.
+    """No delay for small records, a vanished peer is noticed (RFC 9293 3.8.4), little waits in buffers.
 
     What waits between the two QEMUs when the VM is paused is downtime, and a falsehood in QEMU's estimate of bandwidth.
     So the sender queues one record beyond what the line holds, and the receiver's window is what the line holds, at
@@ -43,6 +45,14 @@ def tune(connection: socket.socket, congestion_control: str) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, TCP_KEEPALIVE_IDLE_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, TCP_KEEPALIVE_INTERVAL_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, TCP_KEEPALIVE_PROBES)
+
+
+def give_up_when_unanswered(connection: socket.socket) -> None:
+    """For a channel, whose reader always reads: bytes that stay unacknowledged mean that the peer is gone (RFC 5482).
+
+    Not for a lane: its reader may rest for long, as QEMU behind it does, and the kernel would take that for death. A dead
+    host shows on the channel; a lane that died alone stops all bytes, which the stall limit finds.
+    """
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, TCP_USER_TIMEOUT_MS)
 
 
@@ -72,6 +82,20 @@ async def dial_peer(address: str, port: int, congestion_control: str = "") -> so
         raise PeerError("peer.unreachable", f"{address} port {port}: {error.strerror or error}") from error
     tune(connection, congestion_control)
     return connection
+
+
+async def all_or_none(dialling: Sequence[Coroutine[Any, Any, socket.socket]]) -> list[socket.socket]:
+    """All connections, dialled at once; where one fails, or the caller is cancelled, none is left open."""
+    tasks = [asyncio.ensure_future(each) for each in dialling]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        for made in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(made, socket.socket):
+                made.close()
+        raise
 
 
 async def dial_vm(path: Path) -> socket.socket:

@@ -5,7 +5,7 @@ The agent sees counters and the agents' messages, never a key of a lane nor a by
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Final, Protocol, TypeVar
 
 from sealane.enclave.interface import (
@@ -25,11 +25,13 @@ from sealane.enclave.interface import (
     PagesClassified,
     PeerEstablished,
     PeerFinished,
+    Trust,
     VmWanted,
 )
 from sealane.errors import HostError, InternalError, PeerError, SealaneError, make_error
 from sealane.host.migration import messages
 from sealane.host.models import NotSent
+from sealane.limits import ENCLAVE_START_TIMEOUT_S, TRUSTED_PER_CALL
 
 T = TypeVar("T")
 _EXIT_WAIT_S: Final = 8.0
@@ -94,6 +96,32 @@ class EnclaveProcess:
             for each in sockets:
                 each.close()
 
+    async def tell_trusted(self, peers: Mapping[str, str]) -> dict[str, str]:
+        """Tell the enclave whom to trust, in calls that fit; returns the rest, which Begin carries."""
+        items = list(peers.items())
+        while len(items) > TRUSTED_PER_CALL:
+            await self._call_patiently(Trust(dict(items[:TRUSTED_PER_CALL])))
+            del items[:TRUSTED_PER_CALL]
+        return dict(items)
+
+    async def _call_patiently(self, call: Ecall) -> None:
+        """As `call`, but waits while the enclave has not taken the earlier ones; raises `enclave.slow` in the end."""
+        loop, writable = asyncio.get_running_loop(), asyncio.Event()
+        deadline = loop.time() + ENCLAVE_START_TIMEOUT_S
+        while True:
+            try:
+                return self.call(call)
+            except HostError as error:
+                if error.code != "enclave.slow" or loop.time() > deadline:
+                    raise
+            loop.add_writer(self._calls.fileno(), writable.set)
+            try:
+                await self.wait(writable.wait(), ENCLAVE_START_TIMEOUT_S, "enclave.slow", "room for a call")
+            finally:
+                if self._calls.fileno() >= 0:
+                    loop.remove_writer(self._calls.fileno())
+            writable.clear()
+
     def _last_word(self) -> SealaneError | None:
         """Why the enclave is gone: what it said at its end may still wait to be read."""
         for _ in range(_OCALLS_WAITING_MAX):
@@ -112,6 +140,7 @@ class EnclaveProcess:
         finally:
             if not task.done() and not shared:
                 task.cancel()
+                await asyncio.wait({task})  # what it has begun (a QEMU) is undone before anybody goes on
         if task in done:
             return task.result()
         if self.failed in done:

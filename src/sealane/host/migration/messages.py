@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from sealane.errors import PeerError
+from sealane.errors import PeerError, printable
 from sealane.host.models import Name
 from sealane.limits import CHANNEL_MESSAGE_MAX, LANES_MAX
 
@@ -27,7 +27,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 EPOCH_MAX = 1 << 53
 # A receipt has some 3 KiB; with its envelope and the certificate it must fit a channel message.
 RECEIPT_COPY_MAX = CHANNEL_MESSAGE_MAX // 2
-Text = Annotated[str, Field(max_length=200)]
+Text = Annotated[str, Field(max_length=200, pattern=r"^[\x20-\x7e]*$")]
 Channels = Annotated[int, Field(ge=0, le=LANES_MAX - 2)]
 Version = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 
@@ -110,4 +110,4 @@ def parse_message(payload: str) -> Message:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise PeerError("peer.message", f"a message does not fit: {where}: {first['msg']}") from None
+        raise PeerError("peer.message", printable(f"a message does not fit: {where}: {first['msg']}", 200)) from None

@@ -21,17 +21,34 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from sealane.enclave.interface import Begin, OpenLanes, SendMessage
-from sealane.errors import ControlError, InDoubtError, InternalError, PeerError, SealaneError, make_error
+from sealane.errors import (
+    ControlError,
+    InDoubtError,
+    InternalError,
+    PeerError,
+    SealaneError,
+    for_peer,
+    make_error,
+    printable,
+)
 from sealane.host.jobs import Job
 from sealane.host.migration import messages
 from sealane.host.migration.checks import check_source
 from sealane.host.migration.context import LANE_CIPHER, MigrationContext
-from sealane.host.migration.dialling import SocketDirectory, dial_peer, listen_for_vm
+from sealane.host.migration.dialling import (
+    SocketDirectory,
+    all_or_none,
+    dial_peer,
+    give_up_when_unanswered,
+    listen_for_vm,
+)
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
 from sealane.host.migration.gate import pass_gate
 from sealane.host.migration.receipt_exchange import give_copy, take_copy
-from sealane.host.models import Migration, MigrationRequest, NotSent, Peer, Progress, Result, VmDefinition
+from sealane.host.migration.stall import StallLimit
+from sealane.host.models import Migration, MigrationRequest, NotSent, Peer, Progress, Result, RunsAt, VmDefinition
 from sealane.host.problems import problem_of
+from sealane.host.registry import is_absent
 from sealane.hypervisor.driver import MigrationParameters, QmpEvent, VmDescription
 from sealane.hypervisor.qmp import EventStream, QmpMachine
 from sealane.limits import (
@@ -42,8 +59,9 @@ from sealane.limits import (
     LANE_OPEN_TIMEOUT_S,
     LAUNCH_TIMEOUT_S,
     LOADED_TIMEOUT_S,
+    TAKE_BACK_TRIES,
 )
-from sealane.session.handover import Handover, Input, Role
+from sealane.session.handover import Handover, Input, Role, State
 
 T = TypeVar("T")
 PROGRESS_EVERY_S: Final = 0.25
@@ -134,9 +152,10 @@ class SourceMigration(Job):
 
     async def _meet(self, qemu: QmpMachine) -> EnclaveProcess:
         self.update(detail=f"meeting {self._peer.name}")
-        connection = await self._dial()
+        # first: the peer waits but seconds for a preface
+        self._enclave = enclave = await self._context.launcher.start_enclave()
+        connection = await self._dial(is_channel=True)
         try:
-            self._enclave = enclave = await self._context.launcher.start_enclave()
             quoting = self._context.quoting.connect(enclave.pid, [f"/proc/{qemu.pid}/exe"] if qemu.pid else [])
         except BaseException:
             connection.close()
@@ -188,33 +207,35 @@ class SourceMigration(Job):
         return await self._watch(enclave.expect(messages.Prepared, limit))
 
     async def _open_lanes(self, enclave: EnclaveProcess, path: Path, count: int) -> None:
-        connections = []
         listener = listen_for_vm(path, count)
         try:
-            for _ in range(count):
-                connections.append(await self._dial())
+            connections = await all_or_none([self._dial() for _ in range(count)])
         except BaseException:
-            for each in (listener, *connections):
-                each.close()
+            listener.close()
             raise
         enclave.call(OpenLanes(reduce=self._request.reduce), listener, *connections)
         await self._watch(enclave.wait(enclave.lanes_open, LANE_OPEN_TIMEOUT_S, "peer.slow", "answer on the lanes"))
 
-    async def _dial(self) -> socket.socket:
+    async def _dial(self, *, is_channel: bool = False) -> socket.socket:
         if self._peer.address is None:
             raise ControlError("trust.no-address", f"{self._peer.name} has no address")
         port = self._peer.port or DEFAULT_PORT
-        return await dial_peer(self._peer.address, port, self._context.settings.congestion_control)
+        connection = await dial_peer(self._peer.address, port, self._context.settings.congestion_control)
+        if is_channel:
+            give_up_when_unanswered(connection)
+        return connection
 
     # ---- while QEMU copies
 
     async def _copy(self, qemu: QmpMachine) -> None:
         """Follow QEMU until it has paused the VM for the switch-over, telling the progress."""
         waiting = asyncio.ensure_future(qemu.wait_migration({"pre-switchover"}))
+        stall = StallLimit(self._context.settings.limits.stall_timeout_s)
         try:
             while not waiting.done():
                 await self._watch(asyncio.wait({waiting}, timeout=PROGRESS_EVERY_S))
                 if not waiting.done():
+                    stall.look(self._wire_bytes())
                     await self._tell_progress(qemu)
             await self._watch(waiting)
         finally:
@@ -278,7 +299,7 @@ class SourceMigration(Job):
         closed = await self._watch(
             enclave.wait(enclave.lanes_closed, LOADED_TIMEOUT_S, "peer.slow", "close of the lanes")
         )
-        loaded = await self._watch(enclave.expect(messages.Loaded, LOADED_TIMEOUT_S))
+        loaded = await self._watch(enclave.expect(messages.Loaded, self._context.settings.limits.word_timeout_s))
         if loaded.digest != closed.digest:
             raise ControlError("handover.digest")
         return loaded
@@ -292,14 +313,13 @@ class SourceMigration(Job):
             raise enclave.failed.result()
         epoch = self.store.epoch(self._vm.name) + 1
         self._step(Input.RELEASED, epoch=epoch, detail="handing over", stream_digest=loaded.digest)
-        enclave.call(
-            SendMessage(messages.Ticket(vm=self._vm.name, epoch=epoch, digest=loaded.digest).model_dump_json())
-        )
+        ticket = messages.Ticket(vm=self._vm.name, epoch=epoch, digest=loaded.digest)
+        self._send_ticket(enclave, ticket)
         answer = await enclave.next_message(LOADED_TIMEOUT_S, "receipt from the peer")
         self._times.receipt = time.monotonic()
         if isinstance(answer, messages.TicketRefused):
             self._handover.step(Input.REFUSED)
-            raise make_error("handover.refused", f"{answer.code}: {answer.detail}")
+            raise make_error("handover.refused", f"{printable(answer.code)}: {printable(answer.detail)}")
         if not isinstance(answer, messages.Receipt) or (answer.vm, answer.epoch) != (self._vm.name, epoch):
             raise PeerError("peer.message", "something else came instead of the receipt")
         self._handover.step(Input.RECEIPT)
@@ -321,6 +341,14 @@ class SourceMigration(Job):
         self.end(**done, peer_receipt=await uninterrupted(take_copy(self, enclave, receipts)))
         give_copy(self, enclave, receipts)
         enclave.finish()
+
+    def _send_ticket(self, enclave: EnclaveProcess, ticket: messages.Ticket) -> None:
+        """Give the ticket to the enclave. Where that fails it is nobody's: a packet's socket takes all of it or nothing."""
+        try:
+            enclave.call(SendMessage(ticket.model_dump_json()))
+        except SealaneError:
+            self._handover.step(Input.NOT_SENT)
+            raise
 
     def _result(self, receipt: messages.Receipt) -> Result:
         times = self._times
@@ -346,9 +374,14 @@ class SourceMigration(Job):
         if self._handover.may_resume_here:
             reason = await self._better_reason(reason)
             if self._enclave is not None:
-                self._enclave.abort(reason)
-            runs_at = "source" if await self._take_back() else "nowhere"
-            self.end(state="aborted", runs_at=runs_at, problem=problem_of(reason))
+                self._enclave.abort(for_peer(reason))
+            self._note_taking_back(reason)
+            runs_at = await self._take_back()
+            if runs_at is None:
+                detail = f"{self._vm.name} may be paused here: its QEMU does not answer; the agent goes on asking it"
+                self.leave(state="aborted", runs_at="nowhere", problem=problem_of(reason), detail=detail)
+            else:
+                self.end(state="aborted", runs_at=runs_at, problem=problem_of(reason))
         else:
             doubt = InDoubtError("handover.in-doubt", f"{self._peer.name} did not confirm: {reason.detail}")
             if self._enclave is not None:
@@ -372,21 +405,42 @@ class SourceMigration(Job):
         await asyncio.wait({self._enclave.failed}, timeout=_REASON_WAIT_S)
         return self._enclave.failed.result() if self._enclave.failed.done() else reason
 
-    async def _take_back(self) -> bool:
-        """Let the VM run here again, if it did before; False where it does not run."""
-        if self._qemu is None or not self._ran_before:
-            return self._qemu is not None and not self._qemu.is_closed
+    def _note_taking_back(self, reason: SealaneError) -> None:
+        """Where the journal says that the VM was given up, it must know better before the VM runs here again."""
+        if State(self._migration.state) is not State.HANDING_OVER:
+            return
         try:
-            await self._qemu.cancel_migration()
+            self.journal(state="aborted", runs_at="nowhere", problem=problem_of(reason), detail="taking the VM back")
+        except SealaneError as error:  # a restart would find the VM in doubt, and see that it runs
+            self.log.error("the VM's return was not journalled", code=error.code, detail=error.detail)
+
+    async def _take_back(self) -> RunsAt | None:
+        """Let the VM run here again, if it did before: where it runs then, or None where QEMU does not say."""
+        if self._qemu is None or not self._ran_before:
+            return "source" if self._qemu is not None and not self._qemu.is_closed else "nowhere"
+        try:
+            return await self._resume_through(self._qemu)
+        except SealaneError as error:
+            self.log.warning("the VM could not be taken back yet", code=error.code, detail=error.detail)
+        await self._qemu.aclose()  # QMP serves one client
+        for _ in range(TAKE_BACK_TRIES - 1):
+            try:
+                async with QmpMachine.connect(self._vm.qmp, self._context.settings.limits.qmp_timeout_s) as again:
+                    return await self._resume_through(again)
+            except SealaneError as error:
+                if is_absent(error):
+                    return "nowhere"
+                self.log.warning("the VM could not be taken back yet", code=error.code, detail=error.detail)
+        return None
+
+    async def _resume_through(self, qemu: QmpMachine) -> RunsAt:
+        try:
+            await qemu.cancel_migration()
         except SealaneError as error:  # a QEMU that hangs in its clean-up may run its guest all the same
             self.log.warning("QEMU did not confirm the end of its migration", code=error.code, detail=error.detail)
-        try:
-            if await self._qemu.run_state() in _STOPPED_STATES:
-                await self._qemu.resume()
-            return await self._qemu.run_state() == "running"
-        except SealaneError as error:
-            self.log.error("the VM could not be taken back", code=error.code, detail=error.detail)
-            return False
+        if await qemu.run_state() in _STOPPED_STATES:
+            await qemu.resume()
+        return "source" if await qemu.run_state() == "running" else "nowhere"
 
     # ---- small things
 
