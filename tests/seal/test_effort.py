@@ -49,11 +49,30 @@ def test_levels_rise_while_the_line_is_waited_for_and_stay_at_the_highest() -> N
     assert after(*[SLOW_LINE] * 50) == LEVELS[-1]
 
 
-def test_levels_fall_under_work_and_end() -> None:
+def test_levels_fall_under_work_and_end_where_less_gets_through_than_the_line_carried() -> None:
     begun = [SLOW_LINE] * 4
-    assert after(*begun, *[AT_WORK] * 2) == 1
-    assert after(*begun, *[AT_WORK] * 4) == -1
-    assert after(*begun, *[AT_WORK] * 6) is None
+    behind = replace(AT_WORK, plaintext_bytes=4 * MB)
+    assert after(*begun, *[behind] * 2) == 1
+    assert after(*begun, *[behind] * 4) == -1
+    assert after(*begun, *[behind] * 6) is None
+
+
+def test_the_lowest_level_stays_under_work_while_more_gets_through_than_the_line_carried() -> None:
+    assert after(*[SLOW_LINE] * 2, *[replace(AT_WORK, plaintext_bytes=8 * MB)] * 50) == -1
+
+
+def test_a_host_that_is_too_busy_to_reduce_stops_though_it_seems_to_do_nothing() -> None:
+    starved = replace(SLOW_LINE, line_wait_s=0.01, vm_wait_s=0.02, wire_bytes=MB, plaintext_bytes=3 * MB)
+    assert after(*[SLOW_LINE] * 2, *[starved] * 8) is None
+
+
+def test_after_a_rest_it_is_tried_again_and_then_after_a_longer_one() -> None:
+    tried = [SLOW_LINE] * 2 + [replace(AT_WORK, plaintext_bytes=MB)] * 4
+    assert after(*tried, *[SLOW_LINE] * 38) is None
+    assert after(*tried, *[SLOW_LINE] * 43) is not None
+    again = [*tried, *[SLOW_LINE] * 41, *[replace(AT_WORK, plaintext_bytes=MB)] * 9]
+    assert after(*again, *[SLOW_LINE] * 43) is None
+    assert after(*again, *[SLOW_LINE] * 84) is not None
 
 
 def test_waiting_for_the_vm_changes_nothing() -> None:
@@ -62,7 +81,7 @@ def test_waiting_for_the_vm_changes_nothing() -> None:
 
 def test_it_begins_again_only_where_the_line_carries_clearly_less_than_reducing_did() -> None:
     begun = [SLOW_LINE] * 2
-    reduced = replace(AT_WORK, plaintext_bytes=7 * MB)
+    reduced = replace(AT_WORK, plaintext_bytes=5 * MB)
     ended = [*begun, *[reduced] * 4]
     assert after(*ended) is None
     assert after(*ended, *[SLOW_LINE] * 9) is None

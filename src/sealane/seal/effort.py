@@ -4,10 +4,12 @@ A lane's thread waits for QEMU, works, or waits for the line. Each INTERVAL_S it
 
 * while nothing is reduced: begin where the thread waited for the line, the line carried less than compressing could give,
   and the receiver was not the one that could take no more (TCP_INFO's tcpi_rwnd_limited, tcp(7));
-* afterwards: a level up where it waits for the line still, one down where it works all the time; from the lowest down, stop.
+* afterwards: a level up where it waits for the line still; one down where it works all the time, or gets less through than the
+  line carried without, as on a host whose cores have other work;
+* from the lowest level down, stop, but only where less gets through than without.
 
-Two intervals in a row must agree. Having stopped, it begins again only where the line carries clearly less than what came
-through while reducing.
+Two intervals in a row must agree. Having stopped, it begins again where the line carries clearly less than what came through
+while reducing, or after a rest that doubles each time: load and contents change.
 """
 
 from dataclasses import dataclass
@@ -24,6 +26,9 @@ _WORKS: Final = 0.75
 _RECEIVER_IS_SLOW: Final = 0.15
 _AGREE: Final = 2
 _CLEARLY_LESS: Final = 0.8
+_BEHIND: Final = 0.9
+_REST_S: Final = 2.0
+_REST_MAX_S: Final = 60.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,9 @@ class Effort:
         self._at: int | None = None
         self._votes = 0
         self._reduced_rate: float | None = None
+        self._line_rate = 0.0  # what the line carried before reducing began
+        self._rest_s = _REST_S
+        self._rested_s = 0.0
 
     @property
     def level(self) -> int | None:
@@ -57,13 +65,36 @@ class Effort:
         if interval.elapsed_s <= 0:
             return
         waits = interval.line_wait_s / interval.elapsed_s
-        works = 1 - waits - interval.vm_wait_s / interval.elapsed_s
+        idles = interval.vm_wait_s / interval.elapsed_s
         if self._at is None:
-            self._vote(1 if waits > _WAITS and self._is_line_slow(interval) else 0)
+            self._rest(interval.elapsed_s)
+            is_wanted = waits > _WAITS and self._is_line_slow(interval)
+            if is_wanted:
+                self._line_rate = interval.wire_bytes / interval.elapsed_s
+            self._vote(1 if is_wanted else 0)
             return
         rate = interval.plaintext_bytes / interval.elapsed_s
         self._reduced_rate = rate if self._reduced_rate is None else 0.8 * self._reduced_rate + 0.2 * rate
-        self._vote(1 if waits > _WAITS else -1 if works > _WORKS else 0)
+        if waits > _WAITS:
+            self._vote(1)
+        elif idles > _WAITS:
+            self._vote(0)
+        elif self._is_behind or (1 - waits - idles > _WORKS and self._at):
+            self._vote(-1)
+        else:
+            self._vote(0)
+
+    @property
+    def _is_behind(self) -> bool:
+        """Whether less gets through than without reducing."""
+        return self._reduced_rate is not None and self._reduced_rate < _BEHIND * self._line_rate
+
+    def _rest(self, elapsed_s: float) -> None:
+        """After a while without reducing, forget how it went."""
+        self._rested_s += elapsed_s
+        if self._rested_s > self._rest_s and self._reduced_rate is not None:
+            self._reduced_rate = None
+            self._rest_s = min(2 * self._rest_s, _REST_MAX_S)
 
     def _is_line_slow(self, interval: Interval) -> bool:
         if interval.receiver_limited_s > _RECEIVER_IS_SLOW * interval.elapsed_s:
@@ -78,8 +109,8 @@ class Effort:
             return
         self._votes = 0
         if self._at is None:
-            self._at = _START
+            self._at, self._reduced_rate = _START, None
         elif self._at + direction < 0:
-            self._at = None
+            self._at, self._rested_s = None, 0.0
         else:
             self._at = min(self._at + direction, len(LEVELS) - 1)
