@@ -51,7 +51,7 @@ def test_levels_rise_while_the_line_is_waited_for_and_stay_at_the_highest() -> N
 
 def test_levels_fall_under_work_and_end_where_less_gets_through_than_the_line_carried() -> None:
     begun = [SLOW_LINE] * 4
-    behind = replace(AT_WORK, plaintext_bytes=4 * MB)
+    behind = replace(AT_WORK, plaintext_bytes=MB)
     assert after(*begun, *[behind] * 2) == 1
     assert after(*begun, *[behind] * 4) == -1
     assert after(*begun, *[behind] * 6) is None
@@ -81,7 +81,7 @@ def test_waiting_for_the_vm_changes_nothing() -> None:
 
 def test_it_begins_again_only_where_the_line_carries_clearly_less_than_reducing_did() -> None:
     begun = [SLOW_LINE] * 2
-    reduced = replace(AT_WORK, plaintext_bytes=5 * MB)
+    reduced = replace(AT_WORK, plaintext_bytes=4 * MB)
     ended = [*begun, *[reduced] * 4]
     assert after(*ended) is None
     assert after(*ended, *[SLOW_LINE] * 9) is None

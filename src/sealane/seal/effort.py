@@ -26,7 +26,7 @@ _WORKS: Final = 0.75
 _RECEIVER_IS_SLOW: Final = 0.15
 _AGREE: Final = 2
 _CLEARLY_LESS: Final = 0.8
-_BEHIND: Final = 0.9
+_BEHIND: Final = 0.7
 _REST_S: Final = 2.0
 _REST_MAX_S: Final = 60.0
 
