@@ -39,7 +39,8 @@ _SETTINGS: Final = 'allowed_protections = ["sealed", "selective", "hrt", "shift"
 
 
 def _sealane(name: str, channels: int = 0, **options: object) -> Method:
-    return Method(name, channels, options=options)
+    known = {"i_know_this_is_weak": True} if "protection" in options else {}
+    return Method(name, channels, options=options | known)
 
 
 METHODS: Final = {
