@@ -11,7 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from sealane.cli.output import Output, harmless
-from sealane.cli.words import STAGES, channel_parts, copied, headline, progress_figures, progress_parts, success_parts
+from sealane.cli.words import (
+    STAGES,
+    channel_parts,
+    copied,
+    headline,
+    progress_figures,
+    progress_parts,
+    success_parts,
+    trust_parts,
+)
 from sealane.host.models import Migration
 
 # On a pipe: often enough to see that it goes on, seldom enough for a log.
@@ -30,6 +39,7 @@ class Screen:
         self.out = out
         self._state: str | None = None
         self._channel_shown = False
+        self._policy_shown = False
         self._last_line_at = 0.0
 
     def __enter__(self) -> "Screen":
@@ -42,6 +52,11 @@ class Screen:
         """Take in the migration's present state."""
         entered = migration.state != self._state
         self._state = migration.state
+        if migration.policy is not None and not self._policy_shown:
+            self._policy_shown = True
+            self.say(labelled(migration.peer, " · ".join(trust_parts(migration))))
+            if migration.policy.decision == "allow":
+                self.say(labelled("policy", f"{migration.policy.words} (sha256:{migration.policy.digest[:8]}…)"))
         if channel_parts(migration) and migration.state != "preparing" and not self._channel_shown:
             self._channel_shown = True
             self.say(labelled("channel", " · ".join([migration.protection, *channel_parts(migration)])))

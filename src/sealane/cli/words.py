@@ -118,6 +118,19 @@ def channel_parts(migration: Migration) -> list[str]:
     return parts
 
 
+def trust_parts(migration: Migration) -> list[str]:
+    """How far the other host is trusted, and what that rests on, as far as it is known."""
+    trust = migration.peer_trust
+    if trust is None:
+        return []
+    parts = [f"level {trust.level}", trust.root]
+    if trust.production_level < trust.level:
+        parts.append(f"level {trust.production_level} without test roots")
+    if trust.evidence and trust.seen_at is not None:
+        parts.append(f"evidence of {words.ago(trust.seen_at)}")
+    return parts
+
+
 def success_parts(migration: Migration) -> list[str]:
     """The figures of a completed migration."""
     parts: list[str] = []

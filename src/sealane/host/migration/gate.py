@@ -24,9 +24,14 @@ async def pass_gate(
     trust = trust_of(met)
     job.update(peer_trust=trust)
     note_sighting(job, context, met.peer_fingerprint, trust)
-    caller = await asyncio.to_thread(caller_called, job.migration.requested_by)
-    move = Move(direction, vm, met.peer_name, met.peer_fingerprint, trust, job.migration.protection, caller)
-    decision = load_policy(context.paths.config).decide(move)
+    migration, config = job.migration, context.paths.config
+
+    def decide() -> PolicyDecision:
+        caller = caller_called(migration.requested_by)
+        move = Move(direction, vm, met.peer_name, met.peer_fingerprint, trust, migration.protection, caller)
+        return load_policy(config).decide(move)
+
+    decision = await asyncio.to_thread(decide)  # files and the user database: another VM may be paused meanwhile
     job.update(policy=decision)
     job.log.info("policy", decision=decision.decision, words=decision.words, digest=decision.digest)
     if decision.decision != "allow":
