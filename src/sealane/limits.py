@@ -81,6 +81,9 @@ PREPARE_TIMEOUT_S: Final = 10.0
 # answer, before it leaves the VM to the agent's recovery, which asks every RECOVERY_INTERVAL_S.
 TAKE_BACK_TRIES: Final = 3
 RECOVERY_INTERVAL_S: Final = 5.0
+
+# `sealane inspect pages`: reading 100 GiB that a guest has touched takes half a minute.
+INSPECTION_TIMEOUT_S: Final = 120.0
 # How long a stopped agent lets its migrations end before it aborts them.
 STOP_GRACE_S: Final = 10.0
 

@@ -22,3 +22,12 @@ def _show_agents(request: pytest.FixtureRequest) -> Iterator[None]:
         for end in (rig.pair.a, rig.pair.b):
             if end.agent:
                 print(f"--- {end.name}\n{end.agent.output[-3000:]}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes minutes runs only where it is asked for."""
+    if "matrix" in config.option.markexpr:
+        return
+    kept = [item for item in items if item.get_closest_marker("matrix") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept

@@ -146,12 +146,25 @@ class Guest:
             table = (entry & INVERT) >> 12
         return table
 
-    def map(self, top: int, address: int, *, level: int = 1, prot_none: bool = False, pat: bool = False) -> int:
-        """Map fresh frames at a user address with a leaf of this level; returns the first frame."""
+    def map(
+        self,
+        top: int,
+        address: int,
+        *,
+        level: int = 1,
+        prot_none: bool = False,
+        pat: bool = False,
+        transparent: bool = False,
+    ) -> int:
+        """Map fresh frames at a user address with a leaf of this level; returns the first frame.
+
+        `transparent`: a PROT_NONE huge page as Linux's transparent ones are (pmd_modify), not as hugetlbfs's (pte_modify).
+        """
         size = 1 << (9 * (level - 1))
         base = self.frame() if level == 1 else self.aligned(size)
         entry = (base << 12) | A | (PS if level > 1 else 0) | (PAT_HUGE if pat else 0)
-        entry = ((entry ^ INVERT) | G) if prot_none else (entry | P | RW | U)
+        inverted = INVERT & ~((size << 12) - 1) if transparent else INVERT
+        entry = ((entry ^ inverted) | G) if prot_none else (entry | P | RW | U)
         self.write(self.table_for(top, address, level), (address >> (12 + 9 * (level - 1))) & 511, entry)
         for frame in range(base, base + size):
             self.fill(frame)

@@ -60,12 +60,12 @@ def test_the_kernel_entry_of_an_ldt_hides_no_process(pti: bool) -> None:
 
 
 @pytest.mark.parametrize(("level", "pat"), list(itertools.product((1, 2), (False, True))))
-@pytest.mark.parametrize("prot_none", [False, True])
-def test_leaves_of_each_size_readable_or_not(level: int, pat: bool, prot_none: bool) -> None:
+@pytest.mark.parametrize(("prot_none", "transparent"), [(False, False), (True, False), (True, True)])
+def test_leaves_of_each_size_readable_or_not(level: int, pat: bool, prot_none: bool, transparent: bool) -> None:
     guest = Guest()
     top = guest.process()
     guest.process()
-    guest.map(top, 0x4000_0000, level=level, prot_none=prot_none, pat=pat and level > 1)
+    guest.map(top, 0x4000_0000, level=level, prot_none=prot_none, pat=pat and level > 1, transparent=transparent)
     assert guest.found(guest.cpu(top)) == guest.user_pages
     assert len(guest.user_pages) == (1 if level == 1 else 512)
 

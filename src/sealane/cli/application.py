@@ -32,6 +32,7 @@ COMMANDS = (
     "hosts",
     "policy",
     "doctor",
+    "inspect",
     "attest",
     "debug",
     "version",

@@ -15,6 +15,7 @@ from sealane.host.models import (
     Host,
     Migration,
     MigrationRequest,
+    PageMap,
     PairingRequest,
     PairingStatus,
     Peer,
@@ -73,6 +74,10 @@ class AgentClient:
     def vm(self, name: str) -> Vm:
         """One VM; raises `vm.unknown`."""
         return self._one(Vm, "GET", f"/v1/vms/{_segment(name)}")
+
+    def pages(self, name: str, *, with_classes: bool) -> PageMap:
+        """What a VM's pages are; raises `vm.unknown`, `vm.busy`, `guest.layout`, `guest.memory`."""
+        return self._one(PageMap, "GET", f"/v1/vms/{_segment(name)}/pages?classes={str(with_classes).lower()}")
 
     def add_vm(self, definition: VmDefinition) -> Vm:
         """Register a VM; raises `vm.exists`."""

@@ -28,16 +28,16 @@ from sealane.guest.tables import ACCESSED_DIRTY, FRAME_MASK, HUGE, PRESENT, USER
 SHARED_MIN: Final = 0.8
 # A kernel half needs more than the text's entry: text, direct map, and one of vmalloc, memory map, fixed map.
 KERNEL_ENTRIES_MIN: Final = 3
-# Read at once while scanning: stays in a core's second-level cache, and a call every 256 KiB costs nothing.
-_SCAN_PAGES: Final = 64
+# Read at once while scanning: 1 MiB stays in a core's second-level cache, and what is done per piece costs little.
+_SCAN_PAGES: Final = 256
 # Touched pages with a gap of up to so many untouched ones between them are read in one go.
 _GAP_PAGES: Final = 4
 # Pages whose touched state is asked for at once: 1 GiB.
 _ASK_PAGES: Final = 1 << 18
 _VERIFY_PAGES: Final = 256
 _GROUPS_TRIED_MAX: Final = 64
-# A page is looked at in these columns before all of it is: most pages that hold something hold it there.
-_SAMPLED: Final = slice(0, None, 73)
+# A page is looked at in these places before all of it is: most pages that hold something hold it there.
+_SAMPLED: Final = (0, 171, 341, 511)
 
 TABLE: Final = PRESENT | HUGE
 _CHANGING: Final = ~ACCESSED_DIRTY
@@ -76,9 +76,10 @@ def _scan_run(reader: MemoryReader, seen: Scan, buffer: Entries, position: int, 
         piece = buffer[:count]
         reader.read_into(position + (first - pages.start) * PAGE_BYTES, piece.view(np.uint8).reshape(-1))
         seen.lasts[first : first + count] = piece[:, -1]
-        blank = np.flatnonzero(~piece[:, _SAMPLED].any(axis=1))
+        some = piece[:, _SAMPLED[0]] | piece[:, _SAMPLED[1]] | piece[:, _SAMPLED[2]] | piece[:, _SAMPLED[3]]
+        blank = np.flatnonzero(some == 0)
         if len(blank):
-            seen.is_zero[first + blank[~piece[blank].any(axis=1)]] = True
+            seen.is_zero[first + blank[np.bitwise_or.reduce(piece[blank], axis=1) == 0]] = True
         seen.read_pages += count
 
 

@@ -8,8 +8,9 @@ kernel keeps in entries that the processor ignores:
 
 * A page is the user's where every level on the way to it is present with the user bit, in the half of the address space
   that belongs to user mode (entries 0..255 of the top).
-* Present clear and bit 8 set is Linux's PROT_NONE: still a user's page, at any leaf level, its frame number *inverted*
-  (all bits 12..51), its user bit clear. NUMA balancing makes such entries all the time.
+* Present clear and bit 8 set is Linux's PROT_NONE: still a user's page, at any leaf level, its frame number *inverted*, its
+  user bit clear. NUMA balancing makes such entries all the time. Of a huge page's base the bits below its size are
+  inverted too where it comes from hugetlbfs (all ones), and are not where it is a transparent one (all zeros).
 * A huge page's base has its low bits zero, but for bit 12, which is PAT there.
 
 Tables are hostile input and change while they are read. Each level visits each page once at most, so that cycles and
@@ -28,6 +29,8 @@ PRESENT: Final = np.uint64(1 << 0)
 USER: Final = np.uint64(1 << 2)
 HUGE: Final = np.uint64(1 << 7)
 PROT_NONE: Final = np.uint64(1 << 8)
+PAT: Final = np.uint64(1 << 12)
+"""In a huge page's entry."""
 ACCESSED_DIRTY: Final = np.uint64(0b11 << 5)
 FRAME_MASK: Final = np.uint64(((1 << 52) - 1) & ~0xFFF)
 _PAGE_SHIFT: Final = np.uint64(12)
@@ -100,11 +103,16 @@ class Walk:
 
 def _without_prot_none(entries: Entries, level: int) -> Entries:
     """PROT_NONE leaves as the present user leaves that they stand for; all else as it is."""
-    if level > 1 and level not in _HUGE_FRAMES:
+    if level == 1:
+        is_prot_none = (entries & (PRESENT | PROT_NONE)) == PROT_NONE
+        return np.where(is_prot_none, (entries ^ FRAME_MASK) | PRESENT | USER, entries)
+    if level not in _HUGE_FRAMES:
         return entries
-    leaf = PROT_NONE if level == 1 else PROT_NONE | HUGE
-    is_prot_none = (entries & (PRESENT | leaf)) == leaf
-    return np.where(is_prot_none, (entries ^ FRAME_MASK) | PRESENT | USER, entries)
+    below = np.uint64((_HUGE_FRAMES[level] - 2) << 12)  # of the base's bits those below the page's size, without PAT
+    low = entries & below
+    is_prot_none = (entries & (PRESENT | PROT_NONE | HUGE)) == (PROT_NONE | HUGE)
+    is_prot_none &= (low == 0) | (low == below)
+    return np.where(is_prot_none, (entries ^ FRAME_MASK) & ~(below | PAT) | PRESENT | USER, entries)
 
 
 def _frames(entries: Entries) -> Frames:

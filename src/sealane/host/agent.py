@@ -31,6 +31,7 @@ from sealane.host.models import (
     Host,
     Migration,
     MigrationRequest,
+    PageMap,
     Peer,
     PeerTrust,
     PeerView,
@@ -39,6 +40,7 @@ from sealane.host.models import (
     VmDefinition,
 )
 from sealane.host.notify import notify
+from sealane.host.pages import inspect_pages
 from sealane.host.pairing import PairingDesk
 from sealane.host.peers import Peers
 from sealane.host.policy import UNKNOWN_CALLER, Caller, Move, load_policy
@@ -99,6 +101,7 @@ class Agent:
         self.quoting = QuotingService(paths, settings.attestation)
         self._make_source = make_source
         self._stop = asyncio.Event()
+        self._inspecting = asyncio.Semaphore(1)
 
     # The interface's wishes
 
@@ -120,6 +123,11 @@ class Agent:
         """Where this agent listens for peers."""
         address = getattr(self.listener, "address", None)
         return int(str(address).rpartition(":")[2]) if address else self.settings.port
+
+    async def inspect_pages(self, name: str, *, with_classes: bool) -> PageMap:
+        """What the pages of a VM are; see `sealane.host.pages`."""
+        async with self._inspecting:  # each reads all that a guest has touched
+            return await inspect_pages(self, name, with_classes=with_classes)
 
     async def begin_migration(self, request: MigrationRequest, caller: Caller = UNKNOWN_CALLER) -> Migration:
         """Begin to move a VM away. Raises `vm.unknown`, `trust.unknown`, `trust.no-address`, and what `Jobs.begin` does."""

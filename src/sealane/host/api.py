@@ -19,6 +19,7 @@ from sealane.host.models import (
     Host,
     Migration,
     MigrationRequest,
+    PageMap,
     PairingRequest,
     PairingStatus,
     Peer,
@@ -62,6 +63,9 @@ class ApiAgent(Protocol):
 
     def describe(self) -> Host:
         """Who this agent is."""
+
+    async def inspect_pages(self, name: str, *, with_classes: bool) -> PageMap:
+        """What a VM's pages are."""
 
     async def begin_migration(self, request: MigrationRequest, caller: Caller = UNKNOWN_CALLER) -> Migration:
         """Begin to move a VM away."""
@@ -181,6 +185,13 @@ def _add_vms(app: FastAPI, agent: ApiAgent) -> None:
     async def get_vm(name: str) -> Vm:
         """One VM with its state."""
         return await agent.registry.look(name)
+
+    @app.get("/v1/vms/{name}/pages", tags=["vms"], summary="What a VM's pages are")
+    async def get_pages(
+        name: str, classes: Annotated[bool, Query(description="The class of every page too.")] = False
+    ) -> PageMap:
+        """Pages by class: user, kernel, free, other; read from outside by a short-lived enclave while the VM runs."""
+        return await agent.inspect_pages(name, with_classes=classes)
 
     @app.delete("/v1/vms/{name}", tags=["vms"], summary="Forget a VM", status_code=204)
     async def remove_vm(name: str) -> None:

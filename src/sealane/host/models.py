@@ -94,6 +94,40 @@ class Vm(VmDefinition):
     migration: MigrationId | None = None
 
 
+class PageCounts(Model):
+    """4 KiB pages of guest RAM by class; `other` is what firmware or devices cover."""
+
+    user: int
+    kernel: int
+    free: int
+    other: int
+
+
+class BlockClasses(Model):
+    """One RAM block's pages. `classes` (where asked for): a byte a page, 0 other, 1 free, 2 kernel, 3 user; zlib, then base64."""
+
+    name: str
+    pages: int
+    classes: str | None = None
+
+
+class PageMap(Model):
+    """What the pages of a VM's memory are, as seen from outside while it ran.
+
+    `processes` top-level page tables were found (0: the guest's tables are not understood, so nothing is known of user
+    pages). `reading_s` of `total_s` were spent in reading.
+    """
+
+    vm: Name
+    counts: PageCounts
+    processes: int
+    tables: int
+    scanned_pages: int
+    reading_s: float
+    total_s: float
+    blocks: list[BlockClasses]
+
+
 class MigrationRequest(Model):
     """Move `vm` to the peer `host`. None means: the default, chosen by what both ends have."""
 

@@ -37,19 +37,20 @@ def _build(directory: Path, busybox: Path) -> None:
             newc_entry("dev/console", mode=stat.S_IFCHR | 0o600, device=(5, 1)),
             newc_entry("init", mode=stat.S_IFREG | 0o755, data=(_HERE / "init").read_bytes()),
             newc_entry("bin/busybox", mode=stat.S_IFREG | 0o755, data=busybox.read_bytes()),
-            newc_entry("bin/worker", mode=stat.S_IFREG | 0o755, data=_compile_worker()),
+            newc_entry("bin/worker", mode=stat.S_IFREG | 0o755, data=compile_static(_HERE / "worker.c")),
             newc_entry("TRAILER!!!", mode=0),
         )
     )
     (directory / "initrd.gz").write_bytes(gzip.compress(archive, compresslevel=1, mtime=0))
 
 
-def _compile_worker() -> bytes:
+def compile_static(source: Path) -> bytes:
+    """A guest's program from one C file, without shared libraries; RigError with the compiler's words where it does not compile."""
     with tempfile.TemporaryDirectory() as scratch:
-        output = Path(scratch) / "worker"
+        output = Path(scratch) / source.stem
         try:
             subprocess.run(
-                [*_COMPILE, "-o", output, _HERE / "worker.c"],
+                [*_COMPILE, "-o", output, source],
                 check=True,
                 capture_output=True,
                 text=True,
@@ -58,7 +59,7 @@ def _compile_worker() -> bytes:
         except FileNotFoundError as error:
             raise RigError("no C compiler here: install the Debian packages gcc and libc6-dev") from error
         except subprocess.CalledProcessError as error:
-            raise RigError(f"the guest's worker does not compile: {error.stderr}") from error
+            raise RigError(f"the guest's {source.name} does not compile: {error.stderr}") from error
         return output.read_bytes()
 
 

@@ -1,0 +1,120 @@
+"""The agent's share in telling pages apart: it opens the guest's memory, hands it to the enclave, and says when to look.
+
+The agent opens, and never reads: what stands in the pages is seen by the enclave alone. Nothing here delays a
+migration: a refresh is asked for and not waited for, and a VM whose memory cannot be understood migrates all the same,
+every page then counting as the user's (`sealane.enclave.monitor`).
+"""
+
+import io
+import os
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from sealane.enclave.interface import ClassifyPages, GuestUnknown, PagesClassified, WatchGuest
+from sealane.errors import HostError, SealaneError
+from sealane.guest import CpuState, RamLayout
+from sealane.host.migration.enclave_process import EnclaveProcess
+from sealane.hypervisor.guest_memory import cpu_states, describe_guest_memory
+from sealane.hypervisor.qmp import QmpMachine
+
+# What an ecall holds with room to spare. One CPU leads to the kernel's half as well as any other.
+_CPUS_TOLD_MAX: Final = 512
+
+
+def open_guest_memory(pid: int, layout: RamLayout) -> list[io.FileIO]:
+    """Open QEMU's memory and, where all guest RAM is private to it, its page map. The kernel asks for ptrace rights.
+
+    Raises `guest.memory` where that is refused, and where what QEMU said of its memory is not so.
+    """
+    try:
+        is_private = _is_private(Path(f"/proc/{pid}/maps").read_text(), layout)
+        files = [io.FileIO(os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC))]
+        if is_private:
+            files.append(io.FileIO(os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)))
+    except OSError as error:
+        raise HostError("guest.memory", f"{error.filename}: {error.strerror}") from error
+    return files
+
+
+def _is_private(maps: str, layout: RamLayout) -> bool:
+    """Whether nobody but QEMU can write its RAM; raises `guest.memory` where a block is not mapped as it was told.
+
+    `maps` is /proc/PID/maps: "START-END rwxp OFFSET DEV INODE PATH".
+    """
+    ranges: list[tuple[int, int, bool]] = []
+    for line in maps.splitlines():
+        span, mode, _offset, _device, inode = line.split()[:5]
+        start, end = (int(part, 16) for part in span.split("-"))
+        private = mode.endswith("p") and inode == "0"
+        if ranges and ranges[-1][1] == start and ranges[-1][2] == private:
+            ranges[-1] = (ranges[-1][0], end, private)
+        else:
+            ranges.append((start, end, private))
+    answer = True
+    for block in layout.blocks:
+        if block.is_ram:
+            end = block.position + block.size_bytes
+            holds = [private for start, stop, private in ranges if start <= block.position and end <= stop]
+            if not holds:
+                raise HostError("guest.memory", f"QEMU does not have {block.name} where it says")
+            answer = answer and holds[0]
+    return answer
+
+
+class GuestMonitoring:
+    """Keeps the enclave's view of one guest fresh, from `start` to `switch_over`. Failures are logged, never raised."""
+
+    def __init__(self, qemu: QmpMachine, enclave: EnclaveProcess, log: structlog.stdlib.BoundLogger) -> None:
+        self._qemu, self._enclave, self._log = qemu, enclave, log
+        self._asked = self._answered = 0
+        self._iteration = -1
+        self._is_watching = False
+        self.last: PagesClassified | None = None
+        """What the last refresh that succeeded has found."""
+
+    async def start(self) -> None:
+        """Hand the guest's memory over and ask for the first look; best done while the destination prepares."""
+        try:
+            layout = await describe_guest_memory(self._qemu)
+            files = open_guest_memory(self._qemu.pid, layout)
+            self._enclave.on_pages_classified = self._on_answer
+            self._enclave.call(WatchGuest(layout.to_json()), *files)
+            self._is_watching = True
+        except SealaneError as error:
+            self._log.warning("the guest's pages are not told apart", code=error.code, detail=error.detail)
+            return
+        await self._ask()
+
+    async def iteration(self, number: int) -> None:
+        """QEMU is at this pass over dirty pages: look again, where that is new and the last look has ended."""
+        if number != self._iteration and self._answered == self._asked:
+            self._iteration = number
+            await self._ask()
+
+    async def switch_over(self) -> None:
+        """The VM is paused: from now on every page counts as the user's. Costs one short command; no look is waited for."""
+        await self._ask(is_last=True)
+
+    async def _ask(self, *, is_last: bool = False) -> None:
+        if not self._is_watching:
+            return
+        try:
+            cpus = await cpu_states(self._qemu)
+            self._enclave.call(ClassifyPages(self._asked + 1, flat(cpus), is_last))
+            self._asked += 1
+        except SealaneError as error:
+            self._log.warning("no new look at the guest's pages", code=error.code, detail=error.detail)
+
+    def _on_answer(self, answer: PagesClassified | GuestUnknown) -> None:
+        self._answered = max(self._answered, answer.number)
+        if isinstance(answer, GuestUnknown):
+            self._log.warning("the guest's pages are not told apart", code=answer.code, detail=answer.detail)
+        else:
+            self.last = answer
+
+
+def flat(cpus: list[CpuState]) -> list[int]:
+    """The registers as ClassifyPages wants them."""
+    return [value for cpu in cpus[:_CPUS_TOLD_MAX] for value in (cpu.cr0, cpu.cr3, cpu.cr4, cpu.efer)]
