@@ -129,6 +129,10 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
     UsageError: {
         "usage.argument": Entry("an argument does not fit", "see `--help` of the command"),
         "usage.configuration": Entry("the configuration file does not fit", "mend the line that is named"),
+        "protection.weak": Entry(
+            "this protection leaves a part of the VM readable on the network",
+            "leave --protection out (sealed), or add --i-know-this-is-weak where that is wanted, for experiments",
+        ),
     },
     EvidenceError: {
         "attest.unknown-kind": Entry(
@@ -317,6 +321,14 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
             "choose another host (`sealane hosts --for VM`), or bring that one to the level",
         ),
         "receipt.unknown": Entry("no such receipt", "see `sealane receipts list`"),
+        "protection.not-allowed": Entry(
+            "this host's configuration does not allow that protection",
+            "leave --protection out (sealed), or add it to `allowed_protections` on both hosts",
+        ),
+        "check.protection": Entry(
+            "the destination's configuration does not allow that protection",
+            "leave --protection out (sealed), or add it to `allowed_protections` there",
+        ),
         "check.vm-unknown": Entry(
             "the destination does not know the VM", "add it there: `sealane vm add NAME --qmp PATH --launch-incoming …`"
         ),

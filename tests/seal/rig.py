@@ -42,8 +42,8 @@ def records(*payloads: bytes, of: LaneKeys | None = None) -> list[bytes]:
 def forge(kind: int, sequence: int, payload: bytes = b"", **changes: int | bytes) -> bytes:
     """A record whose tag is right and whose header says what it likes: what only a holder of the keys can make."""
     own = keys()
-    fields = {"coding": 0, "zeros": 0, "length": len(payload), "identifier": own.identifier, **changes}
-    header = HEADER.pack(kind, fields["coding"], fields["zeros"], fields["length"], sequence, fields["identifier"])
+    fields = {"coding": 0, "marks": 0, "length": len(payload), "identifier": own.identifier, **changes}
+    header = HEADER.pack(kind, fields["coding"], fields["marks"], fields["length"], sequence, fields["identifier"])
     sealed = bytearray(len(payload) + TAG_BYTES)
     own.at(sequence).seal_into(own.nonce(sequence), payload, header, sealed)
     return header + bytes(sealed)

@@ -111,7 +111,7 @@ def _flips() -> Iterator[tuple[int, int]]:
 def _expected_codes(byte: int) -> set[str]:
     if byte == 1:  # the coding: another one that exists is found by the tag
         return {"lane.malformed", "lane.integrity"}
-    if byte < 4:  # kind and zeros
+    if byte < 4:  # kind and marks
         return {"lane.malformed"}
     if byte < 8:  # length: too long for a record, or the tag is sought in another place, or never comes
         return {"lane.malformed", "lane.integrity", "lane.truncated"}
@@ -158,8 +158,8 @@ def test_every_flipped_bit_of_open_and_close_is_found(index: int) -> None:
         forge(Kind.DATA, 1, b"x", coding=len(Coding)),
         forge(Kind.DATA, 1, b"x", coding=255),
         forge(Kind.CLOSE, 1, coding=1),
-        forge(Kind.DATA, 1, b"x", zeros=1),
-        forge(Kind.DATA, 1, b"x", zeros=0x8000),
+        forge(Kind.DATA, 1, b"x", marks=1),
+        forge(Kind.DATA, 1, b"x", marks=0x8000),
         forge(Kind.DATA, 1, b""),
         forge(Kind.CLOSE, 1, b"x"),
     ],
@@ -170,8 +170,8 @@ def test_every_flipped_bit_of_open_and_close_is_found(index: int) -> None:
         "coding",
         "coding high",
         "coding of CLOSE",
-        "zeros",
-        "zeros high",
+        "marks of a plain one",
+        "marks high",
         "empty DATA",
         "CLOSE with a payload",
     ],

@@ -18,7 +18,7 @@ from sealane.attest.software import encode_statement, signed_bytes
 from sealane.crypto.aead import CIPHER_NAME
 from sealane.crypto.identity import Identity, create_identity, load_key, public_key, sign
 from sealane.crypto.tls import Side, TlsConnection
-from sealane.errors import PeerError
+from sealane.errors import ControlError, PeerError
 from sealane.session.attestation import Attestation, Attested, Conversation, Send, Subject, WantEvidence
 from sealane.session.channel import (
     Attestor,
@@ -33,6 +33,7 @@ from sealane.session.channel import (
 )
 from sealane.session.exchange import AttestReader
 from sealane.session.exchange import End as Which
+from sealane.session.preface import PROTOCOL_VERSION
 
 NOW: Final = datetime(2025, 6, 1, 12, 0, tzinfo=UTC)
 MIGRATION: Final = "0123456789abcdef" * 2
@@ -89,7 +90,7 @@ class End:
 
     channel: Channel
     events: list[Event] = field(default_factory=list)
-    error: PeerError | None = None
+    error: PeerError | ControlError | None = None
     asked: list[EvidenceWanted] = field(default_factory=list)
 
     def take(self, data: bytes, sizes: Sequence[int] = ()) -> None:
@@ -100,7 +101,7 @@ class End:
                 return
             try:
                 self._hear(self.channel.receive(data[at : at + step]))
-            except PeerError as error:
+            except (PeerError, ControlError) as error:
                 self.error = error
                 with contextlib.suppress(PeerError):
                     self.channel.refuse(error)
@@ -204,7 +205,7 @@ class Puppet:
 def hello_of(role: Role, /, **changes: Any) -> Hello:
     """What a well-behaved peer of that role says, some fields changed."""
     own, peer = (SOURCE, DESTINATION) if role == "source" else (DESTINATION, SOURCE)
-    facts = asdict(Hello(1, role, MIGRATION, own.fingerprint, peer.fingerprint, "sealed", CIPHER_NAME))
+    facts = asdict(Hello(PROTOCOL_VERSION, role, MIGRATION, own.fingerprint, peer.fingerprint, "sealed", CIPHER_NAME))
     return Hello(**{**facts, **changes})
 
 

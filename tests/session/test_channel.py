@@ -27,6 +27,7 @@ from sealane.session.channel import (
     Role,
     encode_frame,
 )
+from sealane.session.preface import PROTOCOL_VERSION
 from tests.seal.rig import PROPERTY
 from tests.session.impostor import first_flight
 from tests.session.rig import (
@@ -348,13 +349,17 @@ def test_a_fitting_hello_by_hand(role: Role) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "code"),
     [
-        ("protocol", 2, "peer.version"),
-        ("protocol", "1", "peer.version"),
+        ("protocol", PROTOCOL_VERSION - 1, "peer.version"),
+        ("protocol", PROTOCOL_VERSION + 1, "peer.version"),
+        ("protocol", str(PROTOCOL_VERSION), "peer.version"),
         ("role", "same", "peer.message"),  # reflection: the peer sends our own role back
         ("migration", "f" * 32, "peer.message"),
         ("own_fingerprint", STRANGER.fingerprint, "peer.message"),
         ("peer_fingerprint", STRANGER.fingerprint, "peer.message"),
-        ("protection", "selective", "peer.message"),
+        ("protection", "selective", "check.protection"),
+        ("protection", "", "check.protection"),
+        ("protection", "x" * 60_000, "check.protection"),
+        ("protection", ["sealed"], "peer.message"),
         ("cipher", "AES-128-GCM", "peer.message"),
     ],
 )
@@ -391,7 +396,7 @@ def test_our_own_hello_sent_back_is_refused(role: Role) -> None:
         lambda hello: b"",
         lambda hello: b"\xff",
         lambda hello: b"[" * 60_000,
-        lambda hello: b'{"protocol":1}',
+        lambda hello: b'{"protocol":%d}' % PROTOCOL_VERSION,
     ],
     ids=["spaces", "a field more", "a space after", "a field less", "a list", "empty", "no UTF-8", "deep", "one field"],
 )
@@ -405,7 +410,6 @@ def test_a_hello_in_any_other_encoding(spoil: Callable[[bytes], bytes]) -> None:
     ("setting", "values"),
     [
         ("migration", (MIGRATION, "f" * 32)),
-        ("protection", ("sealed", "selective")),
         ("cipher", ("AES-256-GCM", "none")),
     ],
 )
@@ -543,3 +547,41 @@ def test_nobody_is_established_by_default() -> None:
     assert not lone.established
     assert lone.bytes_to_send()[:1] == b"\x16"  # a ClientHello, at once
     assert not channel("destination").bytes_to_send()
+
+
+# ---- the protection: the source wants one, the destination allows some
+
+
+def test_the_source_gets_the_protection_that_the_destination_allows_among_others() -> None:
+    for wanted in ("hrt", "sealed"):
+        ends = converse(channel("source", protection=wanted), channel("destination", protection="hrt sealed selective"))
+        for end in ends:
+            assert end.error is None
+            assert end.channel.protection == wanted
+
+
+@pytest.mark.parametrize("allowed", ["sealed", "sealed selective", ""])
+def test_a_protection_that_the_destination_does_not_allow_is_refused_at_both_ends(allowed: str) -> None:
+    ends = converse(channel("source", protection="hrt"), channel("destination", protection=allowed))
+    for end in ends:
+        assert end.code == "check.protection"
+        assert not any(isinstance(event, Established) for event in end.events)
+        with pytest.raises(InternalError):
+            end.channel.migration_secret()
+
+
+@pytest.mark.parametrize("said", ["sealed hrt", "hrt sealed", " sealed", "sealed "])
+def test_a_source_names_one_protection(said: str) -> None:
+    end = Puppet(channel("destination", protection="hrt sealed"), "client", SOURCE).say(
+        FrameKind.HELLO, hello_of("source", protection=said).encode()
+    )
+    assert end.code == "check.protection"
+
+
+def test_the_protections_are_part_of_the_secret() -> None:
+    secrets = set()
+    for wanted, allowed in (("sealed", "sealed"), ("sealed", "hrt sealed"), ("hrt", "hrt sealed")):
+        one, other = converse(channel("source", protection=wanted), channel("destination", protection=allowed))
+        assert one.channel.migration_secret() == other.channel.migration_secret()
+        secrets.add(one.channel.migration_secret())
+    assert len(secrets) == 3

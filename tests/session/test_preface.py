@@ -6,7 +6,14 @@ from hypothesis import strategies as st
 
 from sealane.errors import PeerError
 from sealane.limits import LANES_MAX
-from sealane.session.preface import PREFACE_BYTES, ConnectionKind, Preface, encode_preface, parse_preface
+from sealane.session.preface import (
+    PREFACE_BYTES,
+    PROTOCOL_VERSION,
+    ConnectionKind,
+    Preface,
+    encode_preface,
+    parse_preface,
+)
 from tests.seal.rig import PROPERTY
 
 ID = bytes(range(16))
@@ -35,7 +42,7 @@ def test_round_trip(label: bytes, lane: int) -> None:
 
 
 def test_layout() -> None:
-    by_hand = b"sealane" + bytes([1, 2, 0, 0, 3, 0, 0, 0, 0]) + ID
+    by_hand = b"sealane" + bytes([PROTOCOL_VERSION, 2, 0, 0, 3, 0, 0, 0, 0]) + ID
     assert by_hand == GOOD
     assert len(by_hand) == PREFACE_BYTES
 
@@ -51,7 +58,8 @@ def test_length(length: int) -> None:
     [
         *[(n, 0, "peer.preface") for n in range(7)],
         (7, 0, "peer.version"),
-        (7, 2, "peer.version"),
+        (7, PROTOCOL_VERSION - 1, "peer.version"),
+        (7, PROTOCOL_VERSION + 1, "peer.version"),
         (8, 0, "peer.preface"),
         (8, 1, "peer.preface"),  # a channel with a lane number
         (8, 3, "peer.preface"),

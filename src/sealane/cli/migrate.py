@@ -5,7 +5,7 @@ Ctrl-C asks the agent to cancel and waits for the outcome; a second Ctrl-C leave
 
 import shlex
 import time
-from typing import Annotated, Final
+from typing import Annotated, Final, cast
 
 import typer
 from pydantic import ValidationError
@@ -17,8 +17,9 @@ from sealane.cli.output import Output, command
 from sealane.cli.screen import Screen, make_screen
 from sealane.cli.words import copied, headline, where
 from sealane.errors import SealaneError, UsageError, make_error
-from sealane.host.models import Migration, MigrationRequest, Problem
+from sealane.host.models import Migration, MigrationRequest, Problem, Protection
 from sealane.limits import LANES_MAX
+from sealane.seal.protect import PROTECTIONS, SEALED
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
@@ -59,6 +60,17 @@ def migrate(  # noqa: PLR0913 - one parameter for each option
         bool,
         typer.Option("--no-reduce", help="Send every byte as it is, also over a line that is slower than this host."),
     ] = False,
+    protection: Annotated[
+        str,
+        typer.Option(
+            "--protection",
+            metavar="NAME",
+            help=f"One of {', '.join(PROTECTIONS)}; all but sealed leave a part of the VM readable on the network.",
+        ),
+    ] = SEALED,
+    i_know_this_is_weak: Annotated[
+        bool, typer.Option("--i-know-this-is-weak", help="Needed with every --protection but sealed.")
+    ] = False,
     detach: Annotated[
         bool, typer.Option("--detach", help="Return when the agent has begun; see `sealane status`.")
     ] = False,
@@ -85,6 +97,8 @@ def migrate(  # noqa: PLR0913 - one parameter for each option
             downtime_limit_ms=downtime_limit,
             switchover_hook=None if switchover_hook is None else _hook(switchover_hook),
             reduce=not no_reduce,
+            protection=cast(Protection, protection),  # the model judges it
+            i_know_this_is_weak=i_know_this_is_weak,
         )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]

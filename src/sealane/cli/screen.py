@@ -20,6 +20,7 @@ from sealane.cli.words import (
     progress_parts,
     success_parts,
     trust_parts,
+    warning,
 )
 from sealane.host.models import Migration
 
@@ -40,6 +41,7 @@ class Screen:
         self._state: str | None = None
         self._channel_shown = False
         self._policy_shown = False
+        self._warned = False
         self._last_line_at = 0.0
 
     def __enter__(self) -> "Screen":
@@ -50,6 +52,7 @@ class Screen:
 
     def show(self, migration: Migration) -> None:
         """Take in the migration's present state."""
+        self._warn(migration)
         entered = migration.state != self._state
         self._state = migration.state
         if migration.policy is not None and not self._policy_shown:
@@ -65,6 +68,11 @@ class Screen:
                 self.say(f"? {headline(migration)}; {migration.detail or 'asking on'}")
         elif migration.state in STAGES:
             self.stage(migration, entered=entered)
+
+    def _warn(self, migration: Migration) -> None:
+        if warning(migration) and not self._warned:
+            self._warned = True
+            self.say(warning(migration))
 
     def stage(self, migration: Migration, *, entered: bool) -> None:
         """A line when a stage begins, and again while it lasts."""
@@ -85,6 +93,8 @@ class Screen:
         if result is not None and result.downtime_ms is not None:
             self.out.detail(labelled("copy", f"{result.copy_ms or 0:.0f} ms from QEMU's start to the receipt"))
         self.out.line(f"✓ {migration.vm} runs on {migration.peer}     {' · '.join(success_parts(migration))}")
+        if warning(migration):
+            self.out.line(warning(migration))
         if migration.receipt is not None:
             self.out.line(labelled("receipt", f"{migration.receipt} (sealane receipts verify {migration.receipt})"))
 

@@ -9,7 +9,7 @@ from sealane.cli import format as words
 from sealane.cli.client import AgentClient
 from sealane.cli.completion import vm_names
 from sealane.cli.output import Output, command
-from sealane.cli.words import ENDED, channel_parts, headline, outcome, progress_parts, success_parts, where
+from sealane.cli.words import ENDED, channel_parts, headline, outcome, progress_parts, success_parts, warning, where
 from sealane.errors import ControlError, SealaneError
 from sealane.host.models import Migration
 
@@ -84,6 +84,7 @@ def _show_one(migration: Migration, out: Output) -> None:
         "took": None if ended is None else words.duration((ended - migration.started_at).total_seconds()),
         "copy": " · ".join(progress_parts(migration)) if ended is None else None,
         "figures": " · ".join(success_parts(migration)) if migration.state == "completed" else None,
+        "readable": None if migration.readable == "nothing" else warning(migration),
         "channel": " · ".join([migration.protection, *channel_parts(migration)]),
         "ended": None if migration.state == "completed" or migration.problem is None else headline(migration),
         "why": None if migration.problem is None else f"{migration.problem.detail} ({migration.problem.code})",

@@ -31,6 +31,11 @@ def where(migration: Migration) -> str:
     }[migration.runs_at]
 
 
+def warning(migration: Migration) -> str:
+    """What the protection leaves readable, loudly; nothing where it is all sealed."""
+    return "" if migration.readable == "nothing" else f"! {migration.protection} is weak; {migration.readable}"
+
+
 def copied(migration: Migration) -> int | None:
     """How much of the copy is done, in per cent; None before the first byte."""
     progress = migration.progress

@@ -45,8 +45,9 @@ LAUNCHER_ENVIRONMENT: Final[dict[str, str]] = {"LANG": "C.UTF-8", "OPENBLAS_NUM_
 class Begin:
     """Open the channel on the first descriptor; the second leads to the quoting process.
 
-    `trusted` maps fingerprints to names; `now` is ISO 8601 with an offset. `vm` and `epoch` are what is migrated, at a source;
-    a destination hears them (empty and 0).
+    `trusted` maps fingerprints to names; `now` is ISO 8601 with an offset. `protection` is what a source wants, and at a
+    destination all that it allows, a space between them. `vm` and `epoch` are what is migrated, at a source; a destination
+    hears them (empty and 0).
     """
 
     role: str
@@ -151,7 +152,7 @@ class PeerEstablished:
     """The peer is known, its certificate valid, its hello fits, and both ends accepted the other's evidence.
 
     `vm` and `epoch` are what both ends' evidence names; `verdict` is what this end found of the peer (JSON, as
-    `sealane.attest.peer.summarise` makes it).
+    `sealane.attest.peer.summarise` makes it); `protection` is what the source wants and both allow.
     """
 
     peer_name: str
@@ -162,6 +163,7 @@ class PeerEstablished:
     vm: str
     epoch: int
     verdict: str
+    protection: str = "sealed"
 
 
 @dataclass(frozen=True)

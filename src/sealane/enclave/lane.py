@@ -3,7 +3,8 @@
     outbound   QEMU --recv_into--> frame --seal in place--> TCP        what has come goes out at once
     inbound    TCP --recv_into--> frame --open in place--> QEMU        only authentic, in-order plaintext
 
-A source that may reduce what it sends has `outbound.Outbound` for its first half.
+A source that may reduce what it sends has `outbound.Outbound` for its first half, and one whose protection tells pages apart
+`marked.MarkedOutbound`.
 
 Bounded by one record a direction: a slow reader stops the sender, and so QEMU. Threads tell what happened by `post`;
 nothing here decides what it means for the migration.
@@ -14,13 +15,17 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
+from sealane.enclave.marked import Guard, MarkedOutbound
 from sealane.enclave.outbound import Outbound, Saved
 from sealane.errors import PeerError, SealaneError, make_error
+from sealane.seal.codecs import PageCodec
 from sealane.seal.compression import RecordDecompressor
 from sealane.seal.effort import Effort
 from sealane.seal.keys import Direction, LaneKeys, derive_digest_key
+from sealane.seal.marks import PageMarker
+from sealane.seal.protect import SEALED, is_weak
 from sealane.seal.records import Coding, DataReceived, LaneClosed, LaneOpened, RecordReader, RecordSealer
 from sealane.seal.reduce import LaneReducer
 from sealane.seal.seen import PagesSeen
@@ -58,6 +63,9 @@ class Broken:
 Event: TypeAlias = Opened | Wanted | Closed | Broken
 
 
+SEALED_GUARD: Final = Guard(SEALED)
+
+
 class Reduction:
     """What the lanes of one source share to send less."""
 
@@ -83,6 +91,7 @@ class Lane:
         migration_secret: bytes,
         post: Callable[[Event], None],
         reduction: Reduction | None = None,
+        guard: Guard = SEALED_GUARD,
     ) -> None:
         away, back = (
             (Direction.TO_DESTINATION, Direction.TO_SOURCE)
@@ -93,7 +102,13 @@ class Lane:
         self._is_source = is_source
         self._connection = connection
         self._sealer = RecordSealer(LaneKeys(migration_secret, lane=index, direction=away))
-        self._reader = RecordReader(LaneKeys(migration_secret, lane=index, direction=back))
+        marks_allowed = None if is_source else guard.marks_allowed(migration_secret, index)
+        self._reader = RecordReader(LaneKeys(migration_secret, lane=index, direction=back), marks_allowed)
+        self._marker: PageMarker | None = None
+        self._codec: PageCodec | None = None
+        if is_source and is_weak(guard.protection):
+            self._codec = guard.make_codec(migration_secret, index)
+            self._marker = PageMarker(guard.is_user, has_codec=self._codec is not None)
         self._reduction = reduction
         self._outbound_pump: Outbound | None = None
         self._decompressor: RecordDecompressor | None = None
@@ -185,15 +200,22 @@ class Lane:
 
     def _outbound(self) -> None:
         assert self._vm is not None  # noqa: S101 - attach set it; for the type checker
-        if self._reduction is None:
+        self._outbound_pump = self._make_pump(self._vm)
+        if self._outbound_pump is None:
             self._pump_as_it_is(self._vm)
         else:
-            self._outbound_pump = Outbound(self._vm, self._connection, self._sealer, *self._reduction.of(self.index))
             self._outbound_pump.run()
         self._vm_closed = True
         if not self._aborted:
             self._connection.sendall(self._sealer.close_lane())
             self._connection.shutdown(socket.SHUT_WR)
+
+    def _make_pump(self, vm: socket.socket) -> Outbound | None:
+        """What pumps instead of `_pump_as_it_is`, where something is to be done to the stream."""
+        reduction = None if self._reduction is None else self._reduction.of(self.index)
+        if self._marker is not None:
+            return MarkedOutbound(vm, self._connection, self._sealer, self._marker, self._codec, reduction)
+        return None if reduction is None else Outbound(vm, self._connection, self._sealer, *reduction)
 
     def _pump_as_it_is(self, vm: socket.socket) -> None:
         payload, receive = self._sealer.payload, vm.recv_into

@@ -79,6 +79,11 @@ class Monitor:
         found: NDArray[np.bool_] = of_block[np.where(inside, pages, 0)] | ~inside if len(of_block) else ~inside
         return found
 
+    def knows(self, block: str) -> bool:
+        """Whether `is_user` now tells pages of this block apart, and does not merely call all of them the user's."""
+        known = self._user
+        return block in self._devices or (known is not None and block in known)
+
     def classes(self, block: str) -> NDArray[np.uint8]:
         """The class of each page of the block as last refreshed; see `Classifier.classes`."""
         return self._classifier.classes(block)

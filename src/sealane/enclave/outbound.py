@@ -52,7 +52,7 @@ class Outbound:
 
     def run(self) -> None:
         """Pump until QEMU closes; raises OSError where the line breaks."""
-        while count := self._receive():
+        while count := self._receive(self._sealer.payload if self._compressor is None else self._buffer):
             self.vm_bytes += count
             self._interval_bytes += count
             if self._compressor is None:
@@ -69,10 +69,10 @@ class Outbound:
         """What was not sent so far."""
         return Saved(self._reducer.zero_bytes, self._reducer.same_bytes, self._compressed_saved)
 
-    def _receive(self) -> int:
+    def _receive(self, buffer: memoryview) -> int:
         began = time.perf_counter()
         try:
-            return self._vm.recv_into(self._sealer.payload if self._compressor is None else self._buffer)
+            return self._vm.recv_into(buffer)
         except ConnectionResetError:
             return 0
         finally:

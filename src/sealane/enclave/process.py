@@ -50,6 +50,7 @@ from sealane.enclave.interface import (
     VmWanted,
     WatchGuest,
 )
+from sealane.enclave.marked import Guard
 from sealane.enclave.monitor import Classified
 from sealane.enclave.quoting import QuotingLine, make_judge_maker
 from sealane.enclave.watching import GuestWatch, answer_of
@@ -286,7 +287,9 @@ class Enclave:
         attested = event.attested
         verdict = json.dumps(summarise(attested.verdict, attested.evidence))
         who = (event.peer_name, event.peer_fingerprint, event.tls_version, event.group, event.cipher)
-        self._tell(PeerEstablished(*who, attested.subject.vm, attested.subject.epoch, verdict))
+        subject = attested.subject
+        protection = self._need_channel().protection
+        self._tell(PeerEstablished(*who, subject.vm, subject.epoch, verdict, protection))
 
     def _attest_again(self, now: float) -> None:
         """During the copy, source only: every so often the peer has to show that it is still what it was."""
@@ -353,6 +356,7 @@ class Enclave:
             migration_secret=self._need_channel().migration_secret(),
             post=self._post,
             reduction=self._reduction,
+            guard=Guard(self._need_channel().protection, self._guest.is_user),
         )
         self._lanes[index] = lane
         return lane

@@ -3,6 +3,9 @@
 import os
 from collections.abc import Callable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sealane.enclave.interface import (
     ClassesTold,
     ClassifyPages,
@@ -52,6 +55,11 @@ class GuestWatch:
         self._memory = ProcessMemory(files[0], files[1] if len(files) > 1 else None)
         self._layout = RamLayout.from_json(call.layout)
         self.monitor = Monitor(self._memory, self._layout, post=self._post)
+
+    def is_user(self, block: str, offsets: NDArray[np.integer]) -> NDArray[np.bool_] | None:
+        """Asked by the lanes' threads, never waits: which pages are the user's; None where no look at the block counts now."""
+        monitor = self.monitor
+        return monitor.is_user(block, offsets) if monitor is not None and monitor.knows(block) else None
 
     def _need(self) -> Monitor:
         if self.monitor is None:

@@ -52,6 +52,7 @@ from sealane.host.store import Store
 from sealane.hypervisor.launch import trim_log
 from sealane.limits import QEMU_LOG_INTERVAL_S, RECOVERY_INTERVAL_S
 from sealane.paths import Paths
+from sealane.seal.protect import check_wanted
 
 # How long open REST requests may take once the migrations have ended.
 API_GRACE_S: Final = 2
@@ -130,11 +131,18 @@ class Agent:
             return await inspect_pages(self, name, with_classes=with_classes)
 
     async def begin_migration(self, request: MigrationRequest, caller: Caller = UNKNOWN_CALLER) -> Migration:
-        """Begin to move a VM away. Raises `vm.unknown`, `trust.unknown`, `trust.no-address`, and what `Jobs.begin` does."""
+        """Begin to move a VM away. Raises `vm.unknown`, `trust.unknown`, `trust.no-address`, `protection.weak`,
+        `protection.not-allowed`, and what `Jobs.begin` does.
+        """
         vm = self.registry.get(request.vm)
         peer = self.peers.get(request.host)
         if peer.address is None:
             raise make_error("trust.no-address", f"{peer.name} has no address")
+        check_wanted(
+            request.protection,
+            is_known_weak=request.i_know_this_is_weak,
+            allowed=self.settings.allowed_protections,
+        )
         job = self.jobs.begin(
             lambda migration: self._make_source(self, request, vm, peer, migration),
             vm=vm.name,
@@ -142,6 +150,7 @@ class Agent:
             peer=peer.name,
             qmp=vm.qmp,
             requested_by=caller.name,
+            protection=request.protection,
         )
         return job.migration
 

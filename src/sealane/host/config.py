@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 
 from sealane import limits
 from sealane.errors import make_error
-from sealane.host.models import Model, Name, VmDefinition
+from sealane.host.models import Model, Name, Protection, VmDefinition
 
 AGENT_FILE: Final = "agent.toml"
 VMS_FILE: Final = "vms.toml"
@@ -119,6 +119,13 @@ class Settings(Model):
             description="TCP congestion control of lanes where the kernel has it; empty keeps the system's.",
         ),
     ] = limits.CONGESTION_CONTROL
+    allowed_protections: Annotated[
+        tuple[Protection, ...],
+        Field(
+            min_length=1,
+            description="Protections that VMs may leave and come by; all but `sealed` leave a part of the VM readable.",
+        ),
+    ] = ("sealed",)
     log: Annotated[
         Literal["auto", "json", "text"], Field(description="Log format; auto is text on a terminal and JSON elsewhere.")
     ] = "auto"
@@ -141,6 +148,8 @@ def documented_keys() -> Iterator[tuple[str, str, str]]:
                 default = str(field.default)
                 if field.default_factory:
                     default = "the host's name" if name == "name" else str(field.get_default(call_default_factory=True))
+                if isinstance(field.default, tuple):
+                    default = str(list(field.default))
                 yield prefix + name, default, field.description or ""
 
 

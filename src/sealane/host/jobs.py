@@ -17,12 +17,13 @@ from typing import Any, Final, Self
 import structlog
 
 from sealane.errors import ControlError, PeerError, SealaneError, make_error
-from sealane.host.models import Event, Migration, Role, RunsAt
+from sealane.host.models import Event, Migration, Protection, Role, RunsAt
 from sealane.host.problems import problem_of
 from sealane.host.store import JournalEntry, Store, utc_now
 from sealane.hypervisor.driver import VmDescription
 from sealane.hypervisor.launch import LaunchedMachine
 from sealane.limits import MIGRATIONS_MAX
+from sealane.seal.protect import readable_words
 from sealane.session.handover import ENDED, Handover, Input, State
 from sealane.session.handover import Role as HandoverRole
 
@@ -279,6 +280,7 @@ class Jobs:
         id: str | None = None,
         qmp: str | None = None,
         requested_by: str | None = None,
+        protection: Protection = "sealed",
     ) -> Job:
         """Number a migration, journal it, and run the job that `make_job` builds for it.
 
@@ -296,6 +298,8 @@ class Jobs:
             runs_at="source",
             started_at=self._clock(),
             requested_by=requested_by,
+            protection=protection,
+            readable=readable_words(protection),
         )
         if id is not None and self._store.find(id):
             raise PeerError("peer.message", "that migration id was used before")

@@ -25,6 +25,7 @@ MigrationId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Role = Literal["source", "destination"]
 State = Literal["preparing", "copying", "switching-over", "handing-over", "completed", "aborted", "in-doubt"]
 VmState = Literal["running", "paused", "incoming", "absent", "unreachable", "in-doubt"]
+Protection = Literal["sealed", "selective", "hrt", "shift", "affine", "rc4"]
 RunsAt = Literal["source", "destination", "in-doubt", "nowhere"]
 
 
@@ -129,7 +130,11 @@ class PageMap(Model):
 
 
 class MigrationRequest(Model):
-    """Move `vm` to the peer `host`. None means: the default, chosen by what both ends have."""
+    """Move `vm` to the peer `host`. None means: the default, chosen by what both ends have.
+
+    Any protection but `sealed` leaves a part of the VM readable on the network: it needs `i_know_this_is_weak`, and both
+    hosts' configurations must allow it. Without `reduce` every byte crosses the wire as it is.
+    """
 
     vm: Name
     host: Name
@@ -138,6 +143,8 @@ class MigrationRequest(Model):
     downtime_limit_ms: Annotated[int, Field(ge=1, le=2_000_000)] | None = None
     switchover_hook: list[str] | None = None
     reduce: bool = True
+    protection: Protection = "sealed"
+    i_know_this_is_weak: bool = False
 
 
 class NotSent(Model):
@@ -264,7 +271,8 @@ class PeerView(Model):
 
 class Migration(Model):
     """One migration as one host sees it. `receipt` is the number of its receipt here, `peer_receipt` the digest of the
-    other end's, `stream_digest` that of all records of all lanes."""
+    other end's, `stream_digest` that of all records of all lanes, `readable` what the protection leaves readable to whoever
+    reads the wire."""
 
     id: MigrationId
     number: int
@@ -279,7 +287,8 @@ class Migration(Model):
     problem: Problem | None = None
     progress: Progress = Progress()
     result: Result | None = None
-    protection: str = "sealed"
+    protection: Protection = "sealed"
+    readable: str = "nothing"
     tls_version: str | None = None
     kex_group: str | None = None
     cipher: str | None = None

@@ -5,6 +5,7 @@
     secret[0]     = HKDF-Expand(lane secret, "secret", 32)
     key[n], iv[n] = HKDF-Expand(secret[n], "key", 32), HKDF-Expand(secret[n], "iv", 12)
     secret[n+1]   = HKDF-Expand(secret[n], "next", 32)
+    codec key     = HKDF-Expand(migration secret, "sealane v1 codec" || lane u16 || direction u8, 32)
     token         = HKDF-Expand(migration secret, "sealane v1 lane token" || lane u16, 16)   opens the lane's connection
 
 The token routes a connection to its lane and opens nothing: no key can be made of it.
@@ -40,6 +41,11 @@ def lane_token(migration_secret: bytes, lane: int) -> bytes:
 def derive_digest_key(migration_secret: bytes) -> bytes:
     """The key of the source's page digests (`seal.digests`), which nobody else needs."""
     return expand(migration_secret, b"sealane v1 page digests", SECRET_BYTES)
+
+
+def codec_key(migration_secret: bytes, *, lane: int, direction: Direction) -> bytes:
+    """The key of one lane's page codec: its own label, so that a codec that is broken says nothing of the lane's keys."""
+    return expand(migration_secret, b"sealane v1 codec" + lane.to_bytes(2, "big") + bytes([direction]), SECRET_BYTES)
 
 
 class LaneKeys:

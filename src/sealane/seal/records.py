@@ -4,21 +4,24 @@ A record is a header, a ciphertext as long as its plaintext, and a tag. Integers
 
      0        1        2               4               8                       16                      24
     +--------+--------+---------------+---------------+-----------------------+-----------------------+----------+-------+
-    |  kind  | coding |     zero      |    length     |       sequence        |      identifier       |ciphertext|  tag  |
+    |  kind  | coding |     marks     |    length     |       sequence        |      identifier       |ciphertext|  tag  |
     +--------+--------+---------------+---------------+-----------------------+-----------------------+----------+-------+
        u8       u8          u16          u32, bytes             u64              of lane and direction    length     16
 
-The header is the associated data. `coding` says what a DATA record's plaintext is. Rules, each with its error:
+The header is the associated data, and with it the open part of a marked record (`seal.marks`), which stands in front of the
+ciphertext and counts in `length`. `coding` says what a DATA record's plaintext is. Only marked ones have marks, and only a
+reader whose protection is not `sealed` takes them. Rules, each with its error:
 
- 1. kind, coding, zero bytes and length fit                                    else `lane.malformed`
+ 1. kind, coding, marks and length fit                                  else `lane.malformed`
  2. the identifier is this lane's and direction's                       else `lane.foreign`
  3. header and ciphertext are what was sealed                           else `lane.integrity`
  4. the sequence number is the next one                                 else `lane.replay` (lower) or `lane.reordered` (higher)
  5. the first record is OPEN, and no other one is                       else `lane.malformed`
  6. nothing follows CLOSE                                               else `lane.after-close`
  7. the connection does not end before CLOSE                            else `lane.truncated`
+ 8. the marks of a record that opened are those of its pages            else `lane.malformed`
 
-Plaintext is given out only after rule 4. A record that breaks any rule ends the lane: nothing is given out after it.
+Plaintext is given out only after rules 4 and 8. A record that breaks any rule ends the lane: nothing is given out after it.
 Both ends keep a running SHA-256 over header and tag of every record, which the hand-over compares.
 """
 
@@ -31,7 +34,17 @@ from typing import Final, TypeAlias
 from sealane.crypto.aead import TAG_BYTES, OpenFailed
 from sealane.errors import InternalError, PeerError
 from sealane.limits import RECORD_PAYLOAD_MAX
+from sealane.seal.codecs import PAGE_BYTES, PageCodec
 from sealane.seal.keys import LaneKeys
+from sealane.seal.marks import (
+    MARK_BYTES,
+    PIECE_MAX,
+    Marks,
+    parse_marks,
+    put_back,
+    take_out,
+    why_not_marks,
+)
 
 _HEADER: Final = struct.Struct(">BBHIQ8s")
 HEADER_BYTES: Final = _HEADER.size
@@ -53,6 +66,14 @@ class Coding(IntEnum):
     PLAIN = 0  # QEMU's bytes
     ZSTD_BEGUN = 1  # the first record of a zstd frame (`seal.compression`)
     ZSTD = 2  # a further one
+    MARKED = 3  # QEMU's bytes, some pages of them taken out (`seal.marks`)
+
+
+@dataclass(frozen=True)
+class MarksAllowed:
+    """What a reader needs for marked records; a reader without it refuses them. `codec` where the protection has one."""
+
+    codec: PageCodec | None = None
 
 
 @dataclass(frozen=True)
@@ -115,10 +136,18 @@ class RecordSealer:
 
     def seal_data(self, length: int, coding: Coding = Coding.PLAIN) -> memoryview:
         """The record that carries the first `length` bytes of `payload`."""
-        if not self._sequence or length not in _LENGTHS[Kind.DATA]:
+        if not self._sequence or length not in _LENGTHS[Kind.DATA] or coding is Coding.MARKED:
             raise InternalError("internal.error", f"{length} bytes cannot be sealed here")
         self.plaintext_bytes += length
         return self._seal(Kind.DATA, length, coding)
+
+    def seal_marked(self, piece: memoryview, marks: Marks, codec: PageCodec | None) -> memoryview:
+        """The record that carries `piece` (at most PIECE_MAX bytes, not in `payload`) by its marks, one or more."""
+        if not self._sequence or not PAGE_BYTES <= len(piece) <= PIECE_MAX:
+            raise InternalError("internal.error", f"{len(piece)} bytes cannot be marked here")
+        self.plaintext_bytes += len(piece)
+        length = take_out(piece, marks, self.payload, codec)
+        return self._seal(Kind.DATA, length, Coding.MARKED, marks)
 
     def close_lane(self) -> memoryview:
         """The last record."""
@@ -126,18 +155,21 @@ class RecordSealer:
         self._closed = True
         return record
 
-    def _seal(self, kind: Kind, length: int, coding: Coding = Coding.PLAIN) -> memoryview:
+    def _seal(self, kind: Kind, length: int, coding: Coding = Coding.PLAIN, marks: Marks | None = None) -> memoryview:
         if self._closed:
             raise InternalError("internal.error", "the lane is closed")
         sequence = self._sequence
         self._sequence += 1
         end = OVERHEAD_BYTES + length
-        header = _HEADER.pack(kind, coding, 0, length, sequence, self._keys.identifier)
+        count = 0 if marks is None else len(marks.positions)
+        header = _HEADER.pack(kind, coding, count, length, sequence, self._keys.identifier)
         self._frame[:HEADER_BYTES] = header
-        body = self._frame[HEADER_BYTES:end]
-        self._keys.at(sequence).seal_into(self._keys.nonce(sequence), body[:length], header, body)
+        sealed_from = HEADER_BYTES + (0 if marks is None else marks.open_bytes)
+        sealed = self._frame[sealed_from:end]
+        associated = header if marks is None else self._frame[:sealed_from]
+        self._keys.at(sequence).seal_into(self._keys.nonce(sequence), sealed[:-TAG_BYTES], associated, sealed)
         self._digest.update(header)
-        self._digest.update(body[length:])
+        self._digest.update(sealed[-TAG_BYTES:])
         return self._frame[:end]
 
     @property
@@ -154,8 +186,10 @@ class RecordReader:
     reader stays in it.
     """
 
-    def __init__(self, keys: LaneKeys) -> None:
-        self._keys = keys
+    def __init__(self, keys: LaneKeys, marks_allowed: MarksAllowed | None = None) -> None:
+        self._keys, self._marks_allowed = keys, marks_allowed
+        self._marks = 0  # of the present record
+        self._piece = memoryview(b"")  # where marked records are put together; made for the first one
         self._buffer = memoryview(bytearray(RECORD_BYTES_MAX + HEADER_BYTES))
         self._have = 0
         self._done = 0  # bytes of a finished record that still stand in front
@@ -210,45 +244,75 @@ class RecordReader:
         return self._open(self._length)
 
     def _check_header(self) -> int:
-        kind, coding, zeros, length, sequence, identifier = _HEADER.unpack(self._buffer[:HEADER_BYTES])
-        if zeros or kind not in iter(Kind) or length not in _LENGTHS[Kind(kind)]:  # rule 1
+        kind, coding, marks, length, sequence, identifier = _HEADER.unpack(self._buffer[:HEADER_BYTES])
+        if kind not in iter(Kind) or length not in _LENGTHS[Kind(kind)]:  # rule 1
             raise self._fail("lane.malformed")
-        if coding not in _CODINGS[Kind(kind)]:  # rule 1
+        if coding not in _CODINGS[Kind(kind)] or not self._marks_fit(coding, marks, length):  # rule 1
             raise self._fail("lane.malformed")
         if identifier != self._keys.identifier:  # rule 2
             raise self._fail("lane.foreign")
-        self._kind, self._coding, self._claimed = Kind(kind), Coding(coding), sequence
+        self._kind, self._coding, self._claimed, self._marks = Kind(kind), Coding(coding), sequence, marks
         return int(length)
+
+    def _marks_fit(self, coding: int, marks: int, length: int) -> bool:
+        if coding != Coding.MARKED:
+            return marks == 0
+        if self._marks_allowed is None:
+            return False
+        return marks > 0 and (MARK_BYTES + PAGE_BYTES) * marks <= length <= PIECE_MAX + MARK_BYTES * marks
 
     def _open(self, length: int) -> Event:
         header = bytes(self._buffer[:HEADER_BYTES])
         end = OVERHEAD_BYTES + length
-        plaintext = self._buffer[HEADER_BYTES : HEADER_BYTES + length]
+        marks = self._read_marks()
+        sealed_from = HEADER_BYTES + (0 if marks is None else marks.open_bytes)
+        associated = header if marks is None else self._buffer[:sealed_from]
+        sealed = self._buffer[sealed_from:end]
         cipher = self._keys.at(self._sequence)
         if not self._keys.covers(self._claimed):
             raise self._fail("lane.integrity")  # another generation's record cannot be told from a changed one
-        tag = bytes(self._buffer[HEADER_BYTES + length : end])
+        tag = bytes(sealed[-TAG_BYTES:])
         try:  # rule 3
-            cipher.open_into(self._keys.nonce(self._claimed), self._buffer[HEADER_BYTES:end], header, plaintext)
+            cipher.open_into(self._keys.nonce(self._claimed), sealed, associated, sealed[:-TAG_BYTES])
         except OpenFailed:
             raise self._fail("lane.integrity") from None
         if self._claimed != self._sequence:  # rule 4
             raise self._fail("lane.replay" if self._claimed < self._sequence else "lane.reordered")
         if (self._kind is Kind.OPEN) != (self._sequence == 0):  # rule 5
             raise self._fail("lane.malformed")
+        plaintext = self._buffer[HEADER_BYTES : HEADER_BYTES + length]
+        if marks is not None:
+            plaintext = self._put_together(plaintext, marks)
         self._digest.update(header)
         self._digest.update(tag)
         self._sequence += 1
         self._length, self._done = None, end
-        self.plaintext_bytes += length
+        self.plaintext_bytes += len(plaintext)
         if self._kind is Kind.DATA:
-            return DataReceived(plaintext, self._coding)
+            return DataReceived(plaintext, self._coding if marks is None else Coding.PLAIN)
         if self._kind is Kind.OPEN:
             return LaneOpened()
         self._closed = True
         if self._have > end:
             raise self._fail("lane.after-close")
         return LaneClosed()
+
+    def _read_marks(self) -> Marks | None:
+        """The present record's marks: they say what is open, and count for nothing else before it has opened."""
+        if not self._marks:
+            return None
+        return parse_marks(self._buffer[HEADER_BYTES : HEADER_BYTES + MARK_BYTES * self._marks])
+
+    def _put_together(self, payload: memoryview, marks: Marks) -> memoryview:
+        codec = None if self._marks_allowed is None else self._marks_allowed.codec
+        piece_bytes = len(payload) - MARK_BYTES * len(marks.positions)
+        if why_not_marks(marks, piece_bytes, has_codec=codec is not None):  # rule 8
+            raise self._fail("lane.malformed")
+        if not self._piece:
+            self._piece = memoryview(bytearray(PIECE_MAX))
+        piece = self._piece[:piece_bytes]
+        put_back(payload, marks, piece, codec)
+        return piece
 
     def _fail(self, code: str) -> PeerError:
         self._error = PeerError(code, f"record {self._sequence}: {PeerError(code).detail}")

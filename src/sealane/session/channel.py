@@ -32,7 +32,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from sealane.crypto.identity import Identity
 from sealane.crypto.tls import TlsConnection
-from sealane.errors import CATALOGUE, InternalError, PeerError, SealaneError, make_error, printable
+from sealane.errors import CATALOGUE, ControlError, InternalError, PeerError, SealaneError, make_error, printable
 from sealane.limits import CHANNEL_MESSAGE_MAX
 from sealane.session.attestation import (
     Action,
@@ -67,7 +67,10 @@ class FrameKind(IntEnum):
 
 @dataclass(frozen=True)
 class Hello:
-    """What each side says of itself and expects of the other; all of it goes into the migration's secret."""
+    """What each side says of itself and expects of the other; all of it goes into the migration's secret.
+
+    `protection` is the source's choice, and at a destination what it allows: names in order, a space between them.
+    """
 
     protocol: int
     role: Role
@@ -193,7 +196,10 @@ class Channel:
         now: datetime,
         attestor: Attestor,
     ) -> None:
-        """`trusted` maps fingerprints to names: the destination's alone at a source, all that are known at a destination."""
+        """`trusted` maps fingerprints to names: the destination's alone at a source, all that are known at a destination.
+
+        `protection` is the one that a source wants; at a destination all that it allows, as `Hello` has them.
+        """
         self._tls = TlsConnection(identity, "client" if role == "source" else "server")
         self._identity, self._role, self._migration = identity, role, migration
         self._trusted, self._protection, self._cipher, self._now = trusted, protection, cipher, now
@@ -204,11 +210,12 @@ class Channel:
         self._attested_enough = False
         self._attestation: Attestation | None = None
         self._messages = AttestReader()
+        self.protection = ""  # of this migration, once the hellos fit
         if role == "source":
             self._tls.start()
 
     def receive(self, data: bytes) -> list[Event]:
-        """Take bytes from the wire; raises PeerError. Send `bytes_to_send()` afterwards, also after an error."""
+        """Take bytes from the wire; raises PeerError, ControlError. Send `bytes_to_send()` afterwards, also after an error."""
         plaintext = self._tls.receive(data)
         if self._tls.established and self._own_hello is None:
             self._judge_and_greet()
@@ -268,11 +275,19 @@ class Channel:
         if fingerprint not in self._trusted:
             raise PeerError("peer.unknown", f"{fingerprint} is not trusted")
         self._tls.check_peer_validity(self._now)
-        self._own_hello = self._hello(self._role, self._identity.fingerprint, fingerprint).encode()
+        self._own_hello = self._hello(self._role, self._identity.fingerprint, fingerprint, self._protection).encode()
         self._tls.send(encode_frame(FrameKind.HELLO, self._own_hello))
 
-    def _hello(self, role: Role, own: str, peer: str) -> Hello:
-        return Hello(PROTOCOL_VERSION, role, self._migration, own, peer, self._protection, self._cipher)
+    def _hello(self, role: Role, own: str, peer: str, protection: str) -> Hello:
+        return Hello(PROTOCOL_VERSION, role, self._migration, own, peer, protection, self._cipher)
+
+    def _agree(self, said: str) -> str:
+        """The migration's protection, which the destination must allow; raises `check.protection`."""
+        wanted, allowed = (self._protection, said) if self._role == "source" else (said, self._protection)
+        if wanted not in allowed.split():
+            detail = f"the source wants {printable(wanted, 20)}, the destination allows {printable(allowed, 100)}"
+            raise ControlError("check.protection", detail)
+        return wanted
 
     def _take(self, kind: FrameKind, payload: bytes) -> list[Event]:
         if kind is FrameKind.REFUSE:
@@ -298,9 +313,11 @@ class Channel:
     def _check_hello(self, payload: bytes) -> list[Event]:
         fingerprint = self._tls.peer_fingerprint
         peer_role: Role = "destination" if self._role == "source" else "source"
-        expected = self._hello(peer_role, fingerprint, self._identity.fingerprint)
+        protection = _protection_said(payload)
+        expected = self._hello(peer_role, fingerprint, self._identity.fingerprint, protection)
         if payload != expected.encode():
             raise _why_hello_differs(payload, asdict(expected))
+        self.protection = self._agree(protection)
         self._peer_hello = payload
         self._attestation = self._prepare_attestation(fingerprint)
         return self._act(self._attestation.start())
@@ -346,6 +363,15 @@ class Channel:
 
 def _digest_of(fingerprint: str) -> bytes:
     return bytes.fromhex(fingerprint.removeprefix("SHA256:"))
+
+
+def _protection_said(payload: bytes) -> str:
+    """What the peer's hello says of protections; nothing where it is not a text."""
+    try:
+        said = _parse_object(payload).get("protection")
+    except PeerError:
+        return ""
+    return said if isinstance(said, str) else ""
 
 
 def _why_hello_differs(payload: bytes, expected: dict[str, Any]) -> PeerError:

@@ -14,7 +14,6 @@ from sealane.host.registry import Registry
 from sealane.host.store import Store
 from sealane.paths import Paths
 
-PROTECTION: Final = "sealed"
 LANE_CIPHER: Final = CIPHER_NAME
 
 

@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -28,13 +28,13 @@ from sealane.host.migration.checks import (
     check_same_machine,
     choose_multifd_channels,
 )
-from sealane.host.migration.context import LANE_CIPHER, PROTECTION, MigrationContext
+from sealane.host.migration.context import LANE_CIPHER, MigrationContext
 from sealane.host.migration.dialling import SocketDirectory, dial_vm
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
 from sealane.host.migration.gate import pass_gate, trust_of
 from sealane.host.migration.receipt_exchange import give_copy, take_copy
 from sealane.host.migration.stall import StallLimit
-from sealane.host.models import Migration, Name, Progress, Result, VmDefinition
+from sealane.host.models import Migration, Name, Progress, Protection, Result, VmDefinition
 from sealane.host.problems import problem_of
 from sealane.host.quoting import incoming_binaries
 from sealane.host.registry import PROBE_TIMEOUT_S, is_absent
@@ -50,6 +50,7 @@ from sealane.limits import (
     PREPARE_TIMEOUT_S,
     QMP_TIMEOUT_S,
 )
+from sealane.seal.protect import readable_words
 from sealane.session.handover import Handover, Input, Role
 
 PROGRESS_EVERY_S: Final = 0.5
@@ -134,7 +135,7 @@ class Reception:
                 key_pem=identity.key_pem.decode(),
                 certificate_pem=identity.certificate_pem.decode(),
                 trusted=trusted,
-                protection=PROTECTION,
+                protection=" ".join(sorted(self._context.settings.allowed_protections)),
                 now=utc_now().isoformat(),
                 vm="",
                 epoch=0,
@@ -166,6 +167,7 @@ class Reception:
             peer=met.peer_name,
             id=self._id,
             qmp=vm.qmp,
+            protection=cast(Protection, met.protection),  # the enclave judged it by our own list
         )
 
     def expect_lanes(self, tokens: LaneTokens) -> None:
@@ -208,6 +210,8 @@ def channel_facts(met: PeerEstablished) -> dict[str, Any]:
         "cipher": LANE_CIPHER,
         "peer_fingerprint": met.peer_fingerprint,
         "peer_trust": trust_of(met),
+        "protection": met.protection,
+        "readable": readable_words(met.protection),
     }
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sealane.crypto.dsse import ENVELOPE_BYTES_MAX, Envelope, EnvelopeMalformed, parse_envelope
 from sealane.errors import EvidenceError
 from sealane.host.models import Digest, Fingerprint, Migration, MigrationId, PeerTrust, PolicyDecision
+from sealane.seal.protect import readable_words
 
 PAYLOAD_TYPE: Final = "application/vnd.in-toto+json"
 STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
@@ -143,11 +144,6 @@ class Statement(_Part):
     subject: list[Subject]
     predicate_type: Annotated[Literal["urn:sealane:migration-receipt:v1"], Field(alias="predicateType")]
     predicate: Predicate
-
-
-def readable_words(protection: str) -> str:
-    """What a protection leaves readable to whoever reads the wire."""
-    return "nothing" if protection == "sealed" else "not known here"
 
 
 def subjects(migration: str, vm: str, lanes: str | None) -> list[dict[str, Any]]:
