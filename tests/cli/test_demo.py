@@ -18,7 +18,7 @@ from tests.cli.conftest import Run
 KEYS = {
     *("status", "total_ms", "downtime_ms", "bytes_wire", "kex_group", "cipher", "guest_alive", "source_stopped"),
     *("canary_on_wire", "canary_on_plain_wire", "qemu_version", "accel", "accel_reason", "network"),
-    *("multifd_channels", "ticks", "capture", "receipt", "receipt_verified"),
+    *("multifd_channels", "ticks", "capture", "verdict", "level", "receipt", "receipt_verified"),
 }
 
 
@@ -39,6 +39,8 @@ def good(**changes: Any) -> Report:
         "plain_captured_bytes": 191_000_000,
         "plain_canary_count": 26_000,
         "receipt_problems": [],
+        "level": 3,
+        "verdict": {"level": 3, "production_level": 1, "root": "TPM host-b (software)"},
     }
     return Report(**{**seen, **changes})
 
@@ -71,6 +73,8 @@ def test_all_checks_held(capsys: pytest.CaptureFixture[str]) -> None:
         ({"plain_canary_count": None}, ["canary_on_plain_wire"]),
         ({"receipt_problems": ["host-a: receipt 1 is missing"]}, ["receipt_verified"]),
         ({"receipt_problems": None}, ["receipt_verified"]),
+        ({"level": 1}, ["attested"]),
+        ({"level": None, "verdict": None}, ["attested"]),
         # an absence in a capture that missed something proves nothing
         ({"captured_bytes": 100_000_000}, ["capture_whole", "canary_on_wire"]),
         ({"bytes_wire": 0}, ["capture_whole", "canary_on_wire"]),

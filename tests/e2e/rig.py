@@ -204,7 +204,8 @@ class Rig:
             machines = [each for each in words if "qemu-system" in each]
             agents = [each for each in words if "sealane.cli agent" in each]
             quoting = [each for each in words if "sealane.quoting" in each]
-            others = [each for each in words if each not in machines + agents + quoting]
+            tpms = [each for each in words if f"dir={end.host.scratch / 'tpm'}" in each]  # the host's own
+            others = [each for each in words if each not in machines + agents + quoting + tpms]
             if len(machines) != qemus or len(agents) != 1 or len(launchers) > 1 or len(quoting) > 1 or others:
                 found.append(f"{end.name} has {words}")
             if sockets := list((end.host.paths.run / "m").glob("*")):

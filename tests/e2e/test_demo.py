@@ -119,6 +119,9 @@ def test_the_demonstration_holds(start: Start, network: str, tmp_path: Path) -> 
     assert report["accel"] in {"kvm", "tcg"}
     assert 0 < report["downtime_ms"] < report["total_ms"]
     assert report["captured_bytes"] >= report["bytes_wire"] > 0
+    assert report["level"] == 3
+    assert "(software)" in report["verdict"]["root"]
+    assert report["verdict"]["level"] == 3
     assert "\x1b" not in demo.said
     assert_clean(demo, directories)
 

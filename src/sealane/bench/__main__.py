@@ -5,6 +5,7 @@ import sys
 from typing import Final
 
 BENCHES: Final = {
+    "attest": "quote, appraisal and attested handshake, ms",
     "codecs": "sealing, page codecs, digests and compression, GB/s of one core",
     "link": "a guest with real files over a 1 Gb/s link: QEMU's ways and Sealane's protections, with and without reduction",
     "migrate": "one guest moved by QEMU plain, QEMU TLS and Sealane, single-stream and multifd",

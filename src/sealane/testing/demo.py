@@ -7,6 +7,7 @@ must find the secret. A check that cannot fail proves nothing.
 
 import json
 import secrets
+import shutil
 import signal
 import socket
 import time
@@ -29,6 +30,7 @@ from sealane.host.receipts.statement import digest_of
 from sealane.host.receipts.verify import receipts_in, verify_chain
 from sealane.testing import packages
 from sealane.testing.accel import TRIAL_S, Accel, choose_accel
+from sealane.testing.attested import LEVEL, AttestedHosts
 from sealane.testing.capture import Capture, CaptureRefused, start_capture
 from sealane.testing.console import ConsoleLog
 from sealane.testing.guest.build import guest_initrd
@@ -87,6 +89,8 @@ class Report:
     canary_count: int | None = None
     plain_captured_bytes: int | None = None
     plain_canary_count: int | None = None
+    verdict: dict[str, object] | None = None
+    level: int | None = None
     receipt: dict[str, object] | None = None
     receipt_problems: list[str] | None = None
     problem: str = ""
@@ -108,6 +112,7 @@ class Report:
             Check("capture_whole", self._is_whole, self._capture_text()),
             Check("canary_on_wire", self.canary_count == 0 and self._is_whole, self._canary_text()),
             Check("canary_on_plain_wire", bool(self.plain_canary_count), self._plain_text()),
+            Check("attested", self.level == LEVEL, self._verdict_text()),
             Check("receipt_verified", self.receipt_verified is True, self._receipt_text()),
         ]
 
@@ -154,6 +159,8 @@ class Report:
             "qemu_version": self.qemu_version,
             "accel": self.accel,
             "accel_reason": self.accel_reason,
+            "verdict": self.verdict,
+            "level": self.level,
             "receipt": self.receipt,
             "receipt_verified": self.receipt_verified,
             "failed_checks": [check.name for check in self.failures],
@@ -190,6 +197,12 @@ class Report:
             return self.receipt_problems[0]
         return "both hosts signed what happened, and each holds the other's signature; verified without an agent"
 
+    def _verdict_text(self) -> str:
+        if self.verdict is None:
+            return "the hosts did not attest to each other"
+        root, production = self.verdict["root"], self.verdict["production_level"]
+        return f"level {self.level}, rooted in {root}: a test root, which the default policy refuses (production: {production})"
+
     def _plain_text(self) -> str:
         if self.plain_canary_count is None:
             return "QEMU's plain migration was not overheard"
@@ -207,6 +220,7 @@ _LABELS = {
     "capture_whole": "capture",
     "canary_on_wire": "secret",
     "canary_on_plain_wire": "contrast",
+    "attested": "verdict",
     "receipt_verified": "receipt",
 }
 
@@ -389,6 +403,9 @@ class Demonstration:
                 packages.kernel()
                 guest_initrd()
                 self.accel = choose_accel("auto" if accel == "kvm" else accel, self.qemu)
+            missing = [tool for tool in ("swtpm", "swtpm_setup", "tpm2_quote") if shutil.which(tool) is None]
+            if missing:
+                raise RigError(f"missing: {', '.join(missing)} (Debian: swtpm, swtpm-tools, tpm2-tools)")
         except RigError as error:
             raise make_error("demo.prerequisite", str(error)) from error
         except OSError as error:
@@ -407,7 +424,8 @@ class Demonstration:
         """Everything that needs the two hosts; they are gone at the end, whatever it is."""
         with ExitStack() as stack:
             with self._doing("hosts", "makes two hosts, and starts an agent on each"):
-                pair = stack.enter_context(make_pair(network=self.network))
+                attested = AttestedHosts([self.qemu.path.resolve()])
+                pair = stack.enter_context(make_pair(network=self.network, settings=attested))
             try:
                 self._tell_hosts(pair)
                 guest = pair.add_guest(
@@ -459,6 +477,10 @@ class Demonstration:
         for end, other in ((pair.a, pair.b), (pair.b, pair.a)):
             shown = words.short_fingerprint(end.identity.fingerprint)
             self._say("", f"{end.name} is {shown}; {other.name} trusts that certificate")
+        self._say(
+            "",
+            "each has a software TPM (swtpm), quoted with boot, IMA and platform logs; a test root, accepted here only",
+        )
 
     def _boot(self, pair: HostPair, guest: Guest, plain: GuestMachine) -> None:
         started = time.monotonic()
@@ -508,6 +530,9 @@ class Demonstration:
                 raise make_error("demo.failed", detail, mend="run it again when this machine has less to do") from error
             self.report.captured_bytes = listener.size_bytes()
             self.report.canary_count = listener.count(self.canary.encode())
+        if last.peer_trust is not None:
+            self.report.verdict = last.peer_trust.model_dump(mode="json")
+            self.report.level = last.peer_trust.level
         self.report.kex_group, self.report.cipher = last.kex_group, last.cipher
         self.report.multifd_channels = last.multifd_channels or 0
         if last.result is not None:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from sealane.attest.tpm import parse_tpm_public
 from sealane.quoting.drivers.tpm2 import Tpm2Driver
+from sealane.quoting.enrolment import challenge
 from sealane.quoting.interface import Configure
 from sealane.testing.hosts import BackgroundProcess, SimulatedHost
 from sealane.testing.problems import RigError
@@ -36,12 +38,16 @@ _EVENTS: Final[tuple[tuple[int, int, bytes], ...]] = (
 
 @dataclass
 class HostTpm:
-    """One host's TPM; `tcti` and the two logs go into its `agent.toml`, `files` are the digests of what it has run."""
+    """One host's TPM; `tcti` and the two logs go into its `agent.toml`, `files` are the digests of what it has run.
+
+    `key` is the digest of its attestation key, which credential activation has shown to be in that TPM.
+    """
 
     tcti: str
     boot_log: Path
     runtime_log: Path
     files: list[str]
+    key: str
     process: BackgroundProcess
 
     def settings(self) -> str:
@@ -63,7 +69,7 @@ def boot_with_tpm(host: SimulatedHost, measured: Sequence[Path]) -> HostTpm:
         "--server", f"type=unixio,path={socket}", "--ctrl", f"type=unixio,path={socket}.ctrl",
     )  # fmt: skip
     process.wait_until(lambda: socket.exists() and Path(f"{socket}.ctrl").exists(), "its sockets")
-    tpm = HostTpm(f"swtpm:path={socket}", host.scratch / "boot-log", host.scratch / "ima-log", [], process)
+    tpm = HostTpm(f"swtpm:path={socket}", host.scratch / "boot-log", host.scratch / "ima-log", [], "", process)
     _boot(tpm, host, measured)
     return tpm
 
@@ -73,6 +79,10 @@ def _boot(tpm: HostTpm, host: SimulatedHost, measured: Sequence[Path]) -> None:
         drivers=["tpm2"], identity_key="", started_ns=0, state=str(host.scratch), run=str(host.scratch), tcti=tpm.tcti
     )
     driver = Tpm2Driver(empty)
+    credential, secret = challenge(driver.endorsement_key(), driver.public)
+    if driver.activate(credential) != secret:
+        raise RigError("the TPM does not have the key that it shows")
+    tpm.key = parse_tpm_public(driver.public).key.digest
     tpm.boot_log.write_bytes(_event_log())
     driver.extend_all([(pcr, _measured(kind, data)) for pcr, kind, data in _EVENTS])
     boot = [bytes.fromhex(value) for (value,) in driver.boot_values().values()]

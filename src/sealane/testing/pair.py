@@ -16,6 +16,7 @@ from sealane.errors import SealaneError
 from sealane.host.config import AGENT_FILE
 from sealane.host.models import Migration, MigrationRequest, Peer, VmDefinition
 from sealane.testing.accel import Accel
+from sealane.testing.attested import AttestedHosts
 from sealane.testing.console import ConsoleLog
 from sealane.testing.hosts import BackgroundProcess, SimulatedHost, make_hosts
 from sealane.testing.machine import GuestMachine, Hardware, Workload
@@ -216,13 +217,14 @@ def make_pair(
     pins: Sequence[str] = ("", ""),
     lifetime_days: Sequence[int] = (30, 30),
     born: Sequence[datetime | None] = (None, None),
-    settings: str = "",
+    settings: str | AttestedHosts = "",
     program: tuple[str, ...] = PROGRAM,
     strangers: bool = False,
 ) -> Iterator[HostPair]:
     """Two hosts, agents up, trusting each other unless they are `strangers`; everything goes away at the end.
 
-    `born` are the moments at which the identities were made (now), `settings` both agents' `agent.toml`.
+    `born` are the moments at which the identities were made (now), `settings` both agents' `agent.toml`, or what gives
+    each host a TPM.
     """
     with ExitStack() as stack:
         hosts = stack.enter_context(make_hosts(names, network=network))
@@ -230,7 +232,8 @@ def make_pair(
         for host, pin, days, moment in zip(hosts, pins, lifetime_days, born, strict=True):
             identity = create_identity(host.name, now=moment or datetime.now(UTC), lifetime_days=days)
             save_identity(host.paths, identity)
-            (host.paths.config / AGENT_FILE).write_text(settings)
+            text = settings if isinstance(settings, str) else settings.settings(host)
+            (host.paths.config / AGENT_FILE).write_text(text)
             end = AgentHost(host, identity, pin, program=program)
             end.start_agent()
             ends.append(end)
@@ -238,4 +241,6 @@ def make_pair(
         if not strangers:
             first.trust(second)
             second.trust(first)
+        if isinstance(settings, AttestedHosts):
+            settings.introduce(hosts)
         yield HostPair(first, second)
