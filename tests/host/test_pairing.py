@@ -110,6 +110,19 @@ async def test_a_code_serves_once(hosts: tuple[Host, Host]) -> None:
     await refused(b, a, code, "pairing.closed")
 
 
+async def test_of_two_at_once_one_is_paired(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    a, b = hosts
+    third = Host(create_identity("host-c", now=NOW), Store(tmp_path / "host-c"), port=1)
+    code = a.desk.invite().code or ""
+    outcomes = await asyncio.gather(
+        *(host.desk.join("127.0.0.1", a.port, code) for host in (b, third)), return_exceptions=True
+    )
+    await settled(a)
+    assert len(a.trusted()) == 1
+    assert sorted(isinstance(outcome, SealaneError) for outcome in outcomes) == [False, True]
+    third.store.close()
+
+
 async def test_pairing_again_changes_nothing(hosts: tuple[Host, Host]) -> None:
     a, b = hosts
     for inviter, joiner in ((a, b), (b, a), (a, b)):

@@ -127,6 +127,12 @@ def test_nobody_offers_anothers_certificate() -> None:
         run(end("inviter", M, offered=A), end("joiner", B))
 
 
+def test_a_name_that_can_be_no_hosts() -> None:
+    odd = create_identity("../host a", now=NOW)
+    with pytest.raises(SealaneError, match=r"peer\.message"):
+        run(end("inviter", A), end("joiner", odd))
+
+
 def test_reflection() -> None:
     joiner = end("joiner", B)
     with pytest.raises(SealaneError, match=r"peer\.message"):

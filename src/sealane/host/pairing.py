@@ -134,6 +134,8 @@ class PairingDesk:
                     raise make_error("pairing.over")
                 address, *_ = connection.getpeername()
                 peer = self._trust(received.offer, str(address))
+                invitation.over = PairingStatus(state="paired", peer=peer, words=received.words)  # before anybody else
+                self._log.info("paired", peer=peer.name, fingerprint=peer.fingerprint, words=received.words)
                 pairing.accept()
                 await wire.flush()
         except SealaneError as error:
@@ -141,9 +143,6 @@ class PairingDesk:
             self._tried(invitation, error)
         except (OSError, TimeoutError) as error:
             self._log.info("a pairing attempt broke off", reason=str(error) or "too slow")
-        else:
-            self._log.info("paired", peer=peer.name, fingerprint=peer.fingerprint, words=received.words)
-            invitation.over = PairingStatus(state="paired", peer=peer, words=received.words)
 
     def _tried(self, invitation: _Invitation, error: SealaneError) -> None:
         """A wrong code is counted, a peer that cannot be taken ends it, everything else may be noise."""

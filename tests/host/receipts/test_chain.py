@@ -2,20 +2,21 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sealane.crypto.dsse import parse_certificate, parse_envelope, pre_authentication_encoding
+from sealane.crypto.dsse import parse_certificate, parse_envelope, pre_authentication_encoding, sign_envelope
 from sealane.crypto.identity import create_identity, save_identity
 from sealane.crypto.signatures import SignatureInvalid
 from sealane.errors import EvidenceError, SealaneError
 from sealane.host.models import PeerTrust, Problem
 from sealane.host.receipts.chain import Receipts
-from sealane.host.receipts.statement import digest_of, parse_receipt
+from sealane.host.receipts.statement import PAYLOAD_TYPE, canonical, digest_of, parse_receipt
 from sealane.host.receipts.verify import Head, Report, receipts_in, verify_one
 from tests.host.factories import NOW
 from tests.host.receipts.rig import LANES, ReceiptHost, make_host
@@ -139,6 +140,35 @@ def test_exchanged_ones(host: ReceiptHost) -> None:
     first.write_bytes(second.read_bytes())
     second.write_bytes(data)
     assert {"reordered", "changed"} <= host.kinds()
+
+
+def resigned(host: ReceiptHost, path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """What whoever has the key can do: another statement under a good signature, and its digest in the journal."""
+    value = json.loads(parse_envelope(path.read_bytes()).payload)
+    change(value)
+    data = sign_envelope(host.identity, PAYLOAD_TYPE, canonical(value)).encode()
+    path.write_bytes(data)
+    sequence = int(path.name[:6])
+    host.store._db.execute("UPDATE receipts SET digest = ? WHERE sequence = ?", (digest_of(data), sequence))
+
+
+def test_one_that_was_signed_anew_no_longer_fits_the_next(host: ReceiptHost) -> None:
+    for number in range(1, 4):
+        host.end(number)
+    resigned(host, host.files()[1], lambda value: value["predicate"]["bytes"].update(wire=8))
+    assert [(problem.kind, problem.receipt) for problem in host.verify().problems] == [("reordered", 3)]
+
+
+def test_subjects_that_do_not_fit_the_statement(host: ReceiptHost) -> None:
+    host.end(1)
+    resigned(host, host.files()[0], lambda value: value["subject"][0]["digest"].update(sha256="0" * 64))
+    assert host.kinds() == {"changed"}
+
+
+def test_a_name_that_leads_elsewhere_is_never_a_file(host: ReceiptHost) -> None:
+    with pytest.raises(SealaneError, match=r"internal\.error"):
+        host.end(1, vm="../../x")
+    assert host.files() == []
 
 
 def test_a_second_file_of_the_same_number(host: ReceiptHost) -> None:
