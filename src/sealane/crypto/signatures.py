@@ -95,6 +95,19 @@ class PublicKey:
         return f"PublicKey({self.kind}, {self.digest[:16]})"
 
 
+def sign_p256(key_pem: bytes, message: bytes) -> tuple[bytes, bytes]:
+    """(r || s, x || y) by a P-256 key in a PEM file, with SHA-256; for simulated platforms. Raises KeyMalformed."""
+    try:
+        key = serialization.load_pem_private_key(key_pem, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise KeyMalformed("not a private key") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != _CURVES["P-256"].name:
+        raise KeyMalformed("not a key on P-256")
+    r, s = utils.decode_dss_signature(key.sign(message, ec.ECDSA(hashes.SHA256())))
+    numbers = key.public_key().public_numbers()
+    return r.to_bytes(32, "big") + s.to_bytes(32, "big"), numbers.x.to_bytes(32, "big") + numbers.y.to_bytes(32, "big")
+
+
 def key_from_point(curve: str, x: bytes, y: bytes) -> PublicKey:
     """An EC key (`P-256` or `P-384`) from big-endian coordinates; raises KeyMalformed off the curve."""
     if curve not in _CURVES:
