@@ -278,6 +278,10 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         ),
         "migration.hook-failed": Entry("the switch-over hook said no", "see the hook's own output"),
         "enclave.died": Entry("the enclave process ended", "see the agent's log", True),
+        "enclave.unconfined": Entry(
+            "the enclave's sandbox lacks what the configuration requires",
+            "`sealane doctor` says what is missing and how to mend it; `sandbox` in agent.toml says what is required",
+        ),
         "enclave.slow": Entry("the enclave process did not answer in time", _RETRY, True),
         "demo.prerequisite": Entry(
             "the demonstration lacks something on this machine",

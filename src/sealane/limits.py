@@ -31,6 +31,9 @@ ECALL_MESSAGE_MAX: Final = 128 * KIB
 # 32 channels gain nothing on any hardware that was measured.
 LANES_MAX: Final = 34
 
+# Descriptors of one enclave: two for each lane, a listener, the channel, and some of its own.
+ENCLAVE_DESCRIPTORS_MAX: Final = 256
+
 # Multifd channels taken by default where both ends have multifd: one per core up to this.
 MULTIFD_CHANNELS_DEFAULT: Final = 2
 

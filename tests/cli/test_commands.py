@@ -17,6 +17,7 @@ from sealane.cli.application import gather_launch_command
 from sealane.cli.checks import Finding
 from sealane.cli.output import failure_text
 from sealane.crypto.identity import create_identity, load_identity, save_identity
+from sealane.enclave.sandbox import MEASURES, REQUIRED
 from sealane.errors import CATALOGUE, make_error
 from sealane.paths import Paths
 from tests.cli.conftest import Run
@@ -290,6 +291,8 @@ def test_doctor_finds_what_is_broken(run: Run) -> None:
 def test_doctor_json_and_quiet(run: Run) -> None:
     found = findings(run)
     assert {"TLS", "AES-256-GCM", "identity", "port", "clock", "Landlock", "memfd_secret"} <= set(found)
+    assert {f"sandbox {name}" for name in MEASURES} <= set(found)
+    assert all(found[f"sandbox {name}"]["level"] == "ok" for name in REQUIRED)
     assert all(set(one) == {"check", "level", "found", "mend"} for one in found.values())
     assert all(one["mend"] for one in found.values() if one["level"] != "ok")
     quiet = run("doctor", "-q")

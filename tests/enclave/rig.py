@@ -29,10 +29,12 @@ from sealane.enclave.interface import (
     Ocall,
     OpenLanes,
     PeerEstablished,
+    Sandboxed,
     VmWanted,
     socket_pair,
 )
 from sealane.enclave.launcher import PACKET_MAX, REQUEST, STARTED
+from sealane.host.migration.enclave_launcher import ENCLAVE_USER, enclave_ids
 from sealane.session.preface import PREFACE_BYTES, ConnectionKind, Preface, parse_preface
 from tests.enclave.quoting import Quote, quoting_line
 from tests.session.rig import DESTINATION, MIGRATION, NOW, SOURCE, SUBJECT
@@ -81,7 +83,14 @@ class Launcher:
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-I", "-m", "sealane.enclave", str(theirs.fileno())],
+                [
+                    sys.executable,
+                    "-I",
+                    "-m",
+                    "sealane.enclave",
+                    str(theirs.fileno()),
+                    *map(str, enclave_ids(ENCLAVE_USER)),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -122,6 +131,7 @@ class Enclave:
         self.identity = identity
         self.calls = CallSocket(mine)
         self.heard: list[Ocall] = []
+        self.measures = self.until(Sandboxed).measures
 
     def call(self, call: Ecall, *sockets: socket.socket) -> None:
         """An ecall; the sockets are the enclave's alone afterwards."""

@@ -28,9 +28,11 @@ from sealane.enclave.interface import (
     parse_call,
     socket_pair,
 )
-from sealane.errors import InternalError
+from sealane.enclave.process import Enclave, EnclaveOver
+from sealane.errors import InternalError, SealaneError
 from sealane.limits import CHANNEL_MESSAGE_MAX, ECALL_MESSAGE_MAX, LANES_MAX
 from tests.seal.rig import PROPERTY
+from tests.session.rig import NOW, SOURCE
 
 CALLS: list[type[Any]] = [*get_args(Ecall), *get_args(Ocall)]
 TEXT = st.text(max_size=30)
@@ -161,3 +163,61 @@ def test_a_call_that_was_cut_short_leaves_no_descriptor_behind() -> None:
     assert here.recv(1) == b""  # every copy of the other end is closed
     for each in (agent, enclave, here):
         each.close()
+
+
+# ---- what an enclave makes of calls in any order
+
+
+def serve_all(served: list[tuple[Any, int]]) -> None:
+    """Each call is served, refused with a SealaneError, or the end; nothing else comes out, and no descriptor stays open."""
+    agent, calls = ends()
+    enclave = Enclave(calls)
+    before = len(os.listdir("/proc/self/fd"))
+    try:
+        for call, count in served:
+            sockets = [socket.socket(socket.AF_UNIX) for _ in range(count)]
+            try:
+                enclave.serve(call, sockets)
+            except EnclaveOver:
+                break
+            except (SealaneError, OSError):
+                continue
+            finally:
+                for each in sockets:
+                    each.close()
+        assert len(os.listdir("/proc/self/fd")) <= before
+    finally:
+        enclave._close_all()
+        enclave.close()
+        agent.close()
+
+
+KEY, CERTIFICATE = SOURCE.key_pem.decode(), SOURCE.certificate_pem.decode()
+EXAMPLES: list[Any] = [
+    *(
+        Begin(
+            role,
+            "00" * 16,
+            SOURCE.key_pem.decode(),
+            SOURCE.certificate_pem.decode(),
+            {},
+            "sealed",
+            NOW.isoformat(),
+            "vm",
+            1,
+            9.0,
+        )
+        for role in ("source", "destination")
+    ),
+    *(cls(*[0] * len(fields(cls))) for cls in get_args(Ecall) if all(each.type is int for each in fields(cls))),
+    SendMessage("words"),
+]
+SENSIBLE = st.sampled_from(EXAMPLES)
+
+
+@PROPERTY
+@given(
+    st.lists(st.tuples(SENSIBLE | st.one_of([calls(cls) for cls in get_args(Ecall)]), st.integers(0, 3)), max_size=6)
+)
+def test_any_order_of_any_calls(served: list[tuple[Any, int]]) -> None:
+    serve_all(served)

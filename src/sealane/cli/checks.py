@@ -1,5 +1,6 @@
 """What `sealane doctor` looks at: each check says what it looked at, what it found and how to mend it."""
 
+import asyncio
 import contextlib
 import importlib
 import os
@@ -18,8 +19,10 @@ from sealane.cli.client import AgentClient
 from sealane.crypto.aead import KEY_BYTES, NONCE_BYTES, TAG_BYTES, Aead
 from sealane.crypto.identity import load_identity
 from sealane.crypto.tls import library_version, offered_group
+from sealane.enclave.sandbox import MEASURES, why_not
 from sealane.errors import SealaneError, make_error
 from sealane.host.config import Settings, load_settings, load_vms
+from sealane.host.migration.enclave_launcher import try_sandbox
 from sealane.host.models import Host
 from sealane.host.policy import load_policy
 from sealane.host.receipts.verify import verify_chain
@@ -156,6 +159,32 @@ def check_kernel(context: Context) -> Iterator[Finding]:
             yield Finding(name, "ok", "available")
         else:
             yield Finding(name, "warning", problem, _KERNEL_MENDS[name])
+
+
+_SANDBOX_MENDS: Final = {
+    "user": "run the agent as root, and make a system user: `systemd-sysusers` with packaging/sealane-sysusers.conf",
+    "capabilities": "see which capabilities the agent is started with",
+    "privileges": "a kernel with no_new_privs (Linux 3.5)",
+    "dumpable": "please report it",
+    "descriptors": "please report it",
+    "limits": "let the agent raise no limits of its children: see the unit's Limit lines",
+    "files": _KERNEL_MENDS["Landlock"],
+    "network": "Linux 6.7 or later, with Landlock",
+    "signals": "Linux 6.12 or later, with Landlock",
+    "calls": "install libseccomp (Debian: libseccomp2), on " + _KERNEL_MENDS["seccomp"],
+}
+
+
+def check_sandbox(context: Context) -> Iterator[Finding]:
+    """Which measures hold for an enclave that this user starts here: one is started, asked, and ended."""
+    settings = _settings(context)
+    measures = asyncio.run(try_sandbox(settings.enclave_user))
+    refused = {reason.partition(":")[0] for reason in why_not(measures, settings.sandbox)}
+    for name in MEASURES:
+        if why := measures[name]:
+            yield Finding(f"sandbox {name}", "broken" if name in refused else "warning", why, _SANDBOX_MENDS[name])
+        else:
+            yield Finding(f"sandbox {name}", "ok", "holds")
 
 
 def check_configuration(context: Context) -> Iterator[Finding]:
@@ -376,6 +405,7 @@ CHECKS: Final[dict[str, Check]] = {
     "QEMU": check_qemu,
     "accelerator": check_accelerator,
     "kernel": check_kernel,
+    "sandbox": check_sandbox,
     "TLS": check_tls,
     "AES-256-GCM": check_cipher,
     "identity": check_identity,

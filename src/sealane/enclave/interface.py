@@ -3,6 +3,7 @@
 They cross one SOCK_SEQPACKET socket pair, one JSON object a packet, file descriptors beside them (SCM_RIGHTS). Nothing
 else connects the two processes but the descriptors that are handed over. Order:
 
+    enclave  Sandboxed                what it gave up; the agent decides before it hands over a key
     agent    Trust, as often as it takes            (destination)
              Begin + channel, quoting the enclave ends TLS on the first, and has evidence made through the second
     enclave  PeerEstablished
@@ -148,6 +149,13 @@ class TellClasses:
 
 
 @dataclass(frozen=True)
+class Sandboxed:
+    """The first ocall: each measure of `sealane.enclave.sandbox`, and why it does not hold; empty where it does."""
+
+    measures: dict[str, str]
+
+
+@dataclass(frozen=True)
 class PeerEstablished:
     """The peer is known, its certificate valid, its hello fits, and both ends accepted the other's evidence.
 
@@ -281,7 +289,8 @@ Ecall: TypeAlias = (
     | TellClasses
 )
 Ocall: TypeAlias = (
-    PeerEstablished
+    Sandboxed
+    | PeerEstablished
     | Message
     | LaneTokens
     | LanesOpen

@@ -4,8 +4,9 @@
     agent <--control socket-- launcher    STARTED and the process's number, with its pidfd; or FAILED and why
     agent <------------------ enclave     a child of the agent (see `forking`), which talks to it over the call socket alone
 
-It starts from an empty environment, holds no key, has one thread and one socket, and ends when the agent closes that or
-dies. Starting an interpreter and its libraries costs 0.08 s of CPU at each end of each migration; a fork costs some ms.
+It starts from an empty environment, holds no key (`rehearsal` uses some that open nothing), has one thread and one socket,
+and ends when the agent closes that or dies. Starting an interpreter and its libraries costs 0.08 s of CPU at each end of
+each migration; a fork costs some ms.
 
 What enclaves of one launcher share, as all forks do: the layout of their address space and the seed of Python's hashes.
 Random numbers they do not share: OpenSSL's generators notice a fork by the process id and seed themselves anew
@@ -14,15 +15,15 @@ Random numbers they do not share: OpenSSL's generators notice a fork by the proc
 
 import gc
 import os
-import signal
 import socket
 import sys
 import traceback
 from typing import Final, NoReturn
 
 from sealane.enclave.forking import fork_for_parent
-from sealane.enclave.hardening import die_with_parent, harden, name_process
 from sealane.enclave.process import main
+from sealane.enclave.rehearsal import rehearse
+from sealane.enclave.sandbox import Sandbox, die_with_parent, drop_privileges, name_process
 from sealane.errors import SealaneError
 
 LAUNCHER_NAME: Final = "sealane-launch"
@@ -33,7 +34,7 @@ FAILED: Final = b"failed "
 PACKET_MAX: Final = 512
 
 
-def serve(control: socket.socket) -> None:
+def serve(control: socket.socket, sandbox: Sandbox) -> None:
     """Fork an enclave for each request until the agent closes its end. Does not return in the enclaves."""
     agent = os.getppid()
     gc.collect()
@@ -46,19 +47,19 @@ def serve(control: socket.socket) -> None:
         if not packet:
             return
         if packet == REQUEST and len(descriptors) == 1:
-            _start(control, descriptors[0], agent)
+            _start(control, descriptors[0], agent, sandbox)
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def _start(control: socket.socket, calls: int, agent: int) -> None:
+def _start(control: socket.socket, calls: int, agent: int, sandbox: Sandbox) -> None:
     try:
         pid, pidfd = fork_for_parent()
     except (SealaneError, OSError) as error:
         control.send(FAILED + str(getattr(error, "detail", error)).encode()[: PACKET_MAX - len(FAILED)])
         return
     if pid == 0:
-        _become_enclave(calls, agent)
+        _become_enclave(calls, agent, sandbox)
     try:
         socket.send_fds(control, [STARTED + str(pid).encode()], [pidfd])
     except OSError:
@@ -67,7 +68,7 @@ def _start(control: socket.socket, calls: int, agent: int) -> None:
         os.close(pidfd)
 
 
-def _become_enclave(calls: int, agent: int) -> NoReturn:
+def _become_enclave(calls: int, agent: int, sandbox: Sandbox) -> NoReturn:
     """Never back into the launcher's frames, whatever happens: the process ends here."""
     status = 1
     try:
@@ -75,7 +76,7 @@ def _become_enclave(calls: int, agent: int) -> NoReturn:
         name_process(ENCLAVE_NAME)
         os.closerange(3, calls)
         os.closerange(calls + 1, os.sysconf("SC_OPEN_MAX"))
-        main(calls)
+        main(calls, sandbox)
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -84,13 +85,14 @@ def _become_enclave(calls: int, agent: int) -> NoReturn:
         os._exit(status)
 
 
-def launch(descriptor: int) -> None:
-    """Serve the agent on the inherited control socket."""
+def launch(descriptor: int, uid: int | None, gid: int | None) -> None:
+    """Serve the agent on the inherited control socket, as that user (None: the agent's)."""
     agent = os.getppid()
-    harden()
+    rehearse()
+    sandbox = Sandbox(uid)
+    drop_privileges(uid, gid)
     die_with_parent(agent)
     name_process(LAUNCHER_NAME)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the agent's business
     gc.disable()  # one migration long: what its few cycles hold is less than looking for them in mid-stream costs
     os.set_inheritable(descriptor, False)
-    serve(socket.socket(fileno=descriptor))
+    serve(socket.socket(fileno=descriptor), sandbox)

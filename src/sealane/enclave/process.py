@@ -16,7 +16,6 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Final
 
 from sealane.attest.asking import EvidenceAsked, PolicyWanted
@@ -44,6 +43,7 @@ from sealane.enclave.interface import (
     OpenLanes,
     PeerEstablished,
     PeerFinished,
+    Sandboxed,
     SendMessage,
     TellClasses,
     Trust,
@@ -53,6 +53,7 @@ from sealane.enclave.interface import (
 from sealane.enclave.marked import Guard
 from sealane.enclave.monitor import Classified
 from sealane.enclave.quoting import QuotingLine, make_judge_maker
+from sealane.enclave.sandbox import Sandbox
 from sealane.enclave.watching import GuestWatch, answer_of
 from sealane.errors import InternalError, PeerError, SealaneError, make_error
 from sealane.limits import LANES_MAX, TRUSTED_MAX
@@ -110,6 +111,14 @@ class Enclave:
         self._suspended: SealaneError | None = None  # a secondary failure that waits for the peer's word
         self._suspended_until = 0.0
         self._counted_at = 0.0
+        self._status = os.open("/proc/self/status", os.O_RDONLY)  # in the sandbox nothing can be opened
+
+    @property
+    def descriptors(self) -> frozenset[int]:
+        """What it holds open before it serves."""
+        ends = (self._calls, self._wake, self._waker)
+        epoll = getattr(self._selector, "fileno", lambda: self._status)()
+        return frozenset({self._status, epoll, *(end.fileno() for end in ends)})
 
     def run(self) -> None:
         """Serve until the migration is over."""
@@ -123,6 +132,13 @@ class Enclave:
             pass
         finally:
             self._close_all()
+
+    def close(self) -> None:
+        """Close what it holds for itself: for an enclave that shares its process with others, as in tests."""
+        self._selector.close()
+        self._wake.close()
+        self._waker.close()
+        os.close(self._status)
 
     def _turn(self) -> None:
         try:
@@ -153,7 +169,18 @@ class Enclave:
         if received is None:
             raise EnclaveOver  # the agent is gone: closing everything makes QEMU fail the migration
         call, sockets = received
-        self._serve(call, sockets)  # type: ignore[arg-type]
+        self.serve(call, sockets)  # type: ignore[arg-type]
+
+    def serve(self, call: Ecall, sockets: list[socket.socket]) -> None:
+        """Do what the agent asks; raises SealaneError, InternalError for what comes out of turn, and EnclaveOver at the end."""
+        try:
+            self._serve(call, sockets)
+        except (EnclaveOver, SealaneError, OSError):
+            raise
+        except Exception as error:  # whatever a library makes of a call that does not fit: one typed error
+            raise InternalError(
+                "internal.error", f"{type(call).__name__} does not fit: {type(error).__name__}"
+            ) from error
 
     def _serve(self, call: Ecall, sockets: list[socket.socket]) -> None:
         match call:
@@ -405,7 +432,10 @@ class Enclave:
     def _summary(self) -> LanesClosed:
         used = resource.getrusage(resource.RUSAGE_SELF)
         return LanesClosed(
-            self._digest(), *self._count(), cpu_s=used.ru_utime + used.ru_stime, peak_rss_bytes=_peak_rss_bytes()
+            self._digest(),
+            *self._count(),
+            cpu_s=used.ru_utime + used.ru_stime,
+            peak_rss_bytes=_peak_rss_bytes(self._status),
         )
 
     def _digest(self) -> str:
@@ -459,15 +489,18 @@ class Enclave:
         self._calls.close()
 
 
-def _peak_rss_bytes() -> int:
-    """VmHWM of proc(5); getrusage's maximum would count what the agent held before it became this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+def _peak_rss_bytes(status: int) -> int:
+    """VmHWM of proc(5): since the fork, what is shared with the launcher included."""
+    for line in os.pread(status, 8192, 0).splitlines():
+        if line.startswith(b"VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0
 
 
-def main(descriptor: int) -> None:
-    """Serve one migration on the inherited call socket."""
+def main(descriptor: int, sandbox: Sandbox) -> None:
+    """Serve one migration on the inherited call socket, from inside the sandbox."""
     os.set_inheritable(descriptor, False)
-    Enclave(CallSocket(socket.socket(fileno=descriptor))).run()
+    calls = CallSocket(socket.socket(fileno=descriptor))
+    enclave = Enclave(calls)
+    calls.send(Sandboxed(sandbox.enter(enclave.descriptors)))
+    enclave.run()

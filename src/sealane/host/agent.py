@@ -98,7 +98,7 @@ class Agent:
         self.registry = Registry(self.store, paths.config / VMS_FILE, self.jobs)
         self.pairing = PairingDesk(self)
         self.listener = make_listener(self)
-        self.launcher = EnclaveLauncher()
+        self.launcher = EnclaveLauncher(sandbox=settings.sandbox, user=settings.enclave_user)
         self.quoting = QuotingService(paths, settings.attestation)
         self._make_source = make_source
         self._stop = asyncio.Event()

@@ -126,6 +126,20 @@ class Settings(Model):
             description="Protections that VMs may leave and come by; all but `sealed` leave a part of the VM readable.",
         ),
     ] = ("sealed",)
+    sandbox: Annotated[
+        Literal["strict", "required", "best-effort"],
+        Field(
+            description="What an enclave's sandbox must have: `required` what every kernel gives to every user, "
+            "`strict` also its own user, no capabilities and Landlock, `best-effort` nothing."
+        ),
+    ] = "required"
+    enclave_user: Annotated[
+        str,
+        Field(
+            min_length=1,
+            description="The user that enclaves become where the agent is root; uid 60900 where the default does not exist.",
+        ),
+    ] = "sealane-enclave"
     log: Annotated[
         Literal["auto", "json", "text"], Field(description="Log format; auto is text on a terminal and JSON elsewhere.")
     ] = "auto"

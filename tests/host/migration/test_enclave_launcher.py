@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import pwd
 import signal
 import socket
 import sys
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from sealane.errors import HostError
+from sealane.enclave.sandbox import MEASURES
+from sealane.errors import HostError, SealaneError
 from sealane.host.migration import enclave_launcher
-from sealane.host.migration.enclave_launcher import ChildProcess, EnclaveLauncher
+from sealane.host.migration.enclave_launcher import ChildProcess, EnclaveLauncher, enclave_ids, try_sandbox
 from sealane.host.migration.enclave_process import EnclaveProcess
 from tests.enclave.rig import open_descriptors
 
@@ -127,3 +129,41 @@ async def test_exit_statuses_are_kept() -> None:
         child = ChildProcess(pid, os.pidfd_open(pid))
         assert await child.exited == status
         child.kill()  # harmless
+
+
+# ---- the sandbox
+
+
+async def test_an_enclave_that_lacks_what_is_required_gets_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent hears what does not hold before it says Begin, and ends the enclave."""
+    monkeypatch.setattr(enclave_launcher, "why_not", lambda measures, policy: [f"calls: not under {policy}"])
+    before = open_descriptors()
+    launcher = EnclaveLauncher(sandbox="strict")
+    with pytest.raises(HostError, match=r"calls: not under strict \[enclave\.unconfined\]"):
+        await launcher.start_enclave()
+    await launcher.stop()
+    assert open_descriptors() == before
+    assert enclaves() == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root chooses who its enclaves are")
+async def test_who_enclaves_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert enclave_ids("nobody") == (pwd.getpwnam("nobody").pw_uid, pwd.getpwnam("nobody").pw_gid)
+    for unfit in ("no-such-user", "root"):
+        with pytest.raises(SealaneError, match=r"enclave_user.*usage\.configuration"):
+            enclave_ids(unfit)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert enclave_ids("no-such-user") == ()
+
+
+async def test_an_enclave_that_a_signal_ended_costs_the_launcher_its_layout(launcher: EnclaveLauncher) -> None:
+    enclave = await launcher.start_enclave()
+    before = launcher.pid
+    os.kill(enclave.pid, signal.SIGSEGV)
+    await enclave.reap()
+    await end(await launcher.start_enclave())
+    assert launcher.pid != before
+
+
+async def test_what_doctor_asks() -> None:
+    assert set(await try_sandbox("sealane-enclave")) == set(MEASURES)

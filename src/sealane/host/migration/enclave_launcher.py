@@ -7,23 +7,45 @@ is replaced at the next request; the enclaves it made go on.
 import asyncio
 import contextlib
 import os
+import pwd
 import signal
 import socket
 import subprocess
 import sys
 from collections import deque
-from typing import Final
+from typing import Any, Final, NoReturn
 
 import structlog
 
 from sealane.enclave.interface import LAUNCHER_ENVIRONMENT, CallSocket, socket_pair
 from sealane.enclave.launcher import FAILED, PACKET_MAX, REQUEST, STARTED
-from sealane.errors import HostError, SealaneError
-from sealane.host.migration.enclave_process import EnclaveProcess
+from sealane.enclave.sandbox import Measures, why_not
+from sealane.errors import HostError, SealaneError, make_error
+from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
 from sealane.limits import ENCLAVE_START_TIMEOUT_S
 
+ENCLAVE_USER: Final = "sealane-enclave"
+_UNALLOTTED: Final = 60900
 _ATTEMPTS: Final = 2
 _END_WAIT_S: Final = 5.0
+
+
+def enclave_ids(user: str) -> tuple[int, ...]:
+    """The user and group ids of enclaves: none where this process is not root and cannot choose. Raises `usage.configuration`.
+
+    Where the default user does not exist, a number that systemd's allotment (systemd.io, UIDS-GIDS) leaves free.
+    """
+    if os.geteuid() != 0:
+        return ()
+    try:
+        entry = pwd.getpwnam(user)
+    except KeyError:
+        if user != ENCLAVE_USER:
+            raise make_error("usage.configuration", f"enclave_user: there is no user {user}") from None
+        return _UNALLOTTED, _UNALLOTTED
+    if entry.pw_uid == 0 or entry.pw_gid == 0:
+        raise make_error("usage.configuration", f"enclave_user: {user} is root, or of root's group")
+    return entry.pw_uid, entry.pw_gid
 
 
 class ChildProcess:
@@ -32,12 +54,14 @@ class ChildProcess:
     def __init__(self, pid: int, pidfd: int) -> None:
         loop = asyncio.get_running_loop()
         self.pid, self._pidfd = pid, pidfd
+        self.was_killed = False
         self.exited: asyncio.Future[int] = loop.create_future()
         loop.add_reader(pidfd, self._on_exit)
 
     def kill(self) -> None:
         """End the process at once; harmless when it has ended."""
         if self._pidfd >= 0:
+            self.was_killed = True
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
@@ -57,7 +81,9 @@ class ChildProcess:
 class EnclaveLauncher:
     """`start` it early, `start_enclave` as often as wanted, `stop` it at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, sandbox: str = "required", user: str = ENCLAVE_USER, log: Any = None) -> None:
+        self._policy, self._user, self._log = sandbox, user, log or structlog.get_logger()
+        self._told: Measures | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._waiting: deque[asyncio.Future[ChildProcess]] = deque()
@@ -74,10 +100,11 @@ class EnclaveLauncher:
         """
         if self._process is not None:
             return
+        ids = enclave_ids(self._user)
         ours, theirs = socket_pair()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-m", "sealane.enclave", str(theirs.fileno())],
+                [sys.executable, "-I", "-m", "sealane.enclave", str(theirs.fileno()), *map(str, ids)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -93,16 +120,45 @@ class EnclaveLauncher:
         asyncio.get_running_loop().add_reader(ours, self._on_readable)
 
     async def start_enclave(self) -> EnclaveProcess:
-        """A fresh enclave that waits for Begin; raises HostError `enclave.died` or `enclave.slow`."""
+        """A fresh enclave that is in its sandbox and waits for Begin.
+
+        Raises HostError `enclave.died`, `enclave.slow`, and `enclave.unconfined` where the sandbox lacks what the policy wants.
+        """
         ours, theirs = socket_pair()
         ours.setblocking(False)
         try:
-            return EnclaveProcess(await self._fork(theirs), CallSocket(ours))
+            child = await self._fork(theirs)
         except BaseException:
             ours.close()
             raise
         finally:
             theirs.close()
+        child.exited.add_done_callback(lambda exited: self._on_exit(child, exited.result()))
+        enclave = EnclaveProcess(child, CallSocket(ours))
+        try:
+            told = await enclave.wait(
+                enclave.sandboxed, ENCLAVE_START_TIMEOUT_S, "enclave.slow", "word from the sandbox"
+            )
+            self._judge(told.measures)
+        except BaseException:
+            enclave.kill()
+            await uninterrupted(enclave.reap())
+            raise
+        return enclave
+
+    def _judge(self, measures: Measures) -> None:
+        if measures != self._told:
+            lacking = {name: why for name, why in measures.items() if why}
+            self._log.info("sandbox", policy=self._policy, lacking=lacking or "nothing")
+            self._told = measures
+        if reasons := why_not(measures, self._policy):
+            raise HostError("enclave.unconfined", "; ".join(reasons))
+
+    def _on_exit(self, child: ChildProcess, status: int) -> None:
+        """An enclave that a signal ended may have been attacked: the next ones get another layout of their memory."""
+        if status < 0 and not child.was_killed:
+            self._log.error("an enclave was ended by a signal", pid=child.pid, signal=-status)
+            self._lose()
 
     async def _fork(self, theirs: socket.socket) -> ChildProcess:
         for attempt in range(_ATTEMPTS):
@@ -158,14 +214,14 @@ class EnclaveLauncher:
             waiting.set_result(answer)
 
     def _lose(self) -> None:
-        """The launcher ended, or is of no use: let those who wait try another."""
+        """The launcher ended, or is not wanted any more: let those who wait try another."""
         process, waiting = self._process, list(self._waiting)
         if process is not None and process.poll() is None:
             process.kill()
         self._let_go()
         if process is not None:
             process.wait()
-            structlog.get_logger().warning("the launcher of enclaves ended", pid=process.pid, status=process.returncode)
+            self._log.warning("a launcher of enclaves ended", pid=process.pid, status=process.returncode)
         for each in waiting:
             if not each.done():
                 each.set_exception(_LauncherGone())
@@ -192,3 +248,20 @@ class EnclaveLauncher:
 
 class _LauncherGone(Exception):
     """The launcher ended before it answered."""
+
+
+def _drop(*_: Any) -> NoReturn:
+    raise structlog.DropEvent
+
+
+async def try_sandbox(user: str) -> Measures:
+    """What the sandbox of an enclave that is started here and now holds; for `doctor`."""
+    launcher = EnclaveLauncher(sandbox="best-effort", user=user, log=structlog.wrap_logger(None, [_drop]))
+    try:
+        enclave = await launcher.start_enclave()
+        measures = enclave.sandboxed.result().measures
+        enclave.kill()
+        await enclave.reap()
+    finally:
+        await launcher.stop()
+    return measures

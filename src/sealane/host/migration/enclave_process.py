@@ -25,6 +25,7 @@ from sealane.enclave.interface import (
     PagesClassified,
     PeerEstablished,
     PeerFinished,
+    Sandboxed,
     Trust,
     VmWanted,
 )
@@ -66,6 +67,7 @@ class EnclaveProcess:
     def __init__(self, process: "Child", calls: CallSocket) -> None:
         loop = asyncio.get_running_loop()
         self._process, self._calls = process, calls
+        self.sandboxed: asyncio.Future[Sandboxed] = loop.create_future()
         self.established: asyncio.Future[PeerEstablished] = loop.create_future()
         self.lane_tokens: asyncio.Future[LaneTokens] = loop.create_future()
         self.lanes_open: asyncio.Future[LanesOpen] = loop.create_future()
@@ -222,6 +224,8 @@ class EnclaveProcess:
 
     def _heard(self, call: Ocall) -> None:
         match call:
+            case Sandboxed():
+                _resolve(self.sandboxed, call)
             case PeerEstablished():
                 _resolve(self.established, call)
             case Message():

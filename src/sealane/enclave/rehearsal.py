@@ -1,0 +1,92 @@
+"""What the launcher plays through once, so that no enclave has to load anything: inside the sandbox it could not.
+
+Python finds codecs, OpenSSL its algorithms and pyOpenSSL its callbacks at their first use. An attested handshake between two
+identities that are made for it, known to nobody and dropped at its end, and one record use all that a migration uses.
+"""
+
+import codecs
+import hashlib
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Final
+
+from sealane.attest.peer import Expectations, PeerJudge
+from sealane.attest.platformlog import Measured, encode_line, manifest_digest
+from sealane.attest.reference import NO_REFERENCE
+from sealane.attest.software import encode_statement, signed_bytes
+from sealane.crypto.aead import CIPHER_NAME
+from sealane.crypto.identity import Identity, create_identity, public_key, sign
+from sealane.errors import InternalError
+from sealane.seal.keys import Direction, LaneKeys
+from sealane.seal.records import RecordReader, RecordSealer
+from sealane.session.attestation import Subject
+from sealane.session.channel import Attestor, Channel, Event, EvidenceWanted, Role
+
+_CODECS: Final = ("ascii", "utf-8", "latin-1", "utf-16-le", "idna")
+_MIGRATION: Final = "00" * 16
+_TURNS: Final = 16
+
+
+class _End:
+    """One end of the channel, which makes its own evidence."""
+
+    def __init__(self, role: Role, own: Identity, peer: Identity, now: datetime) -> None:
+        self._identity = own
+        self.channel = Channel(
+            own,
+            role=role,
+            migration=_MIGRATION,
+            trusted={peer.fingerprint: peer.name},
+            protection="sealed",
+            cipher=CIPHER_NAME,
+            now=now,
+            attestor=Attestor(
+                Subject("vm", 1) if role == "source" else None,
+                lambda name, key: PeerJudge(name, key, lambda: now, Expectations(), NO_REFERENCE),
+            ),
+        )
+
+    def take(self, data: bytes) -> None:
+        if data:
+            self._hear(self.channel.receive(data))
+
+    def _hear(self, events: Sequence[Event]) -> None:
+        for event in events:
+            if isinstance(event, EvidenceWanted):
+                self._hear(self.channel.evidence_made(self._evidence(event.report_data)))
+
+    def _evidence(self, user_data: bytes) -> dict[str, bytes]:
+        file = Measured("enclave", "rehearsal.py", "sha256:" + "00" * 32)
+        log = encode_line([file, Measured("enclave-manifest", "-", manifest_digest([file]))]) + b"\n"
+        digest = hashlib.sha256(log).digest()
+        signature = sign(self._identity.key_pem, signed_bytes(user_data, digest))
+        statement = encode_statement(public_key(self._identity.key_pem), user_data, digest, signature)
+        return {"platform-log": log, "software.statement": statement}
+
+
+def rehearse() -> None:
+    """Load all that an enclave uses; raises SealaneError where the libraries do not work together."""
+    for name in _CODECS:
+        codecs.lookup(name)
+    now = datetime.now(UTC)
+    one, other = create_identity("one", now=now), create_identity("other", now=now)
+    source, destination = _End("source", one, other, now), _End("destination", other, one, now)
+    for _ in range(_TURNS):
+        destination.take(source.channel.bytes_to_send())
+        source.take(destination.channel.bytes_to_send())
+    if not (source.channel.established and destination.channel.established):
+        raise InternalError("internal.error", "the rehearsal of a handshake did not come to its end")
+    _seal_and_open(source.channel.migration_secret())
+    source.channel.refuse(InternalError("internal.error"))
+    source.channel.say_bye()
+
+
+def _seal_and_open(secret: bytes) -> None:
+    sealer = RecordSealer(LaneKeys(secret, lane=0, direction=Direction.TO_DESTINATION))
+    reader = RecordReader(LaneKeys(secret, lane=0, direction=Direction.TO_DESTINATION))
+    record = memoryview(bytes(sealer.open_lane()))
+    while record:
+        space = reader.space()
+        count = min(len(space), len(record))
+        space[:count], record = record[:count], record[count:]
+        reader.filled(count)
