@@ -16,6 +16,7 @@ from sealane.attest.reference import NO_REFERENCE
 from sealane.attest.software import encode_statement, signed_bytes
 from sealane.crypto.aead import CIPHER_NAME
 from sealane.crypto.identity import Identity, create_identity, public_key, sign
+from sealane.crypto.loading import load_everything
 from sealane.errors import InternalError
 from sealane.seal.keys import Direction, LaneKeys
 from sealane.seal.records import RecordReader, RecordSealer
@@ -68,6 +69,7 @@ def rehearse() -> None:
     """Load all that an enclave uses; raises SealaneError where the libraries do not work together."""
     for name in _CODECS:
         codecs.lookup(name)
+    load_everything()
     now = datetime.now(UTC)
     one, other = create_identity("one", now=now), create_identity("other", now=now)
     source, destination = _End("source", one, other, now), _End("destination", other, one, now)
