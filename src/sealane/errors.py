@@ -315,6 +315,11 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         "migration.unknown": Entry("no such migration", "see `sealane status`"),
         "migration.over": Entry("the migration has ended already", "see `sealane status`"),
         "migration.too-late": Entry("the hand-over has begun and can no longer be cancelled", "wait for its end"),
+        "migration.no-convergence": Entry(
+            "the guest writes faster than the copy goes",
+            "raise --max-bandwidth, let QEMU slow the guest down with --on-stall auto-converge, or try at a quieter time",
+            True,
+        ),
         "migration.cancelled": Entry("the migration was cancelled", _HOST_RUNS),
         "policy.denied": Entry(
             "the policy does not allow this move",

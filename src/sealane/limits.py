@@ -55,6 +55,10 @@ MIGRATIONS_PER_PEER_MAX: Final = 8
 
 # A copy whose bytes stand still for so long is over: longer than a switch-over hook may think, or a route takes to heal.
 STALL_TIMEOUT_S: Final = 60.0
+# A copy that comes no nearer to its end for so long is given up, unless the user says otherwise; and how far a guest may be
+# slowed down where the user allows that. Beyond four fifths a guest hardly answers.
+GIVE_UP_AFTER_S: Final = 300.0
+THROTTLE_MAX_PERCENT: Final = 80
 # What a launched QEMU may leave in its log before the older half of it goes, and how often the agent looks.
 QEMU_LOG_MAX: Final = 1 * MIB
 QEMU_LOG_INTERVAL_S: Final = 30.0

@@ -5,6 +5,7 @@ Ctrl-C asks the agent to cancel and waits for the outcome; a second Ctrl-C leave
 
 import shlex
 import time
+from enum import StrEnum
 from typing import Annotated, Final, cast
 
 import typer
@@ -18,7 +19,7 @@ from sealane.cli.screen import Screen, make_screen
 from sealane.cli.words import copied, headline, where
 from sealane.errors import SealaneError, UsageError, make_error
 from sealane.host.models import Migration, MigrationRequest, Problem, Protection
-from sealane.limits import LANES_MAX
+from sealane.limits import GIVE_UP_AFTER_S, LANES_MAX, THROTTLE_MAX_PERCENT
 from sealane.seal.protect import PROTECTIONS, SEALED
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -27,6 +28,14 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False)
 REATTACH_TRIES: Final = 6
 REATTACH_PAUSE_S: Final = 0.5
 _INTERRUPTED: Final = 130
+
+
+class StallPolicy(StrEnum):
+    """What becomes of a copy that does not come nearer to its end; the values are `MigrationRequest.on_stall`'s."""
+
+    GIVE_UP = "give-up"
+    AUTO_CONVERGE = "auto-converge"
+    WAIT = "wait"
 
 
 @app.command()
@@ -55,6 +64,29 @@ def migrate(  # noqa: PLR0913 - one parameter for each option
     switchover_hook: Annotated[
         str | None,
         typer.Option("--switchover-hook", metavar="CMD", help="Run when the VM is paused; its failure stops the move."),
+    ] = None,
+    on_stall: Annotated[
+        StallPolicy,
+        typer.Option(
+            "--on-stall",
+            help="Where the guest writes faster than the copy goes: leave it here, let QEMU slow it down, or wait.",
+        ),
+    ] = StallPolicy.GIVE_UP,
+    give_up_after: Annotated[
+        float,
+        typer.Option(
+            "--give-up-after", metavar="S", min=1, max=86_400, help="Seconds without progress, then it is left here."
+        ),
+    ] = GIVE_UP_AFTER_S,
+    max_throttle: Annotated[
+        int | None,
+        typer.Option(
+            "--max-throttle",
+            metavar="PERCENT",
+            min=1,
+            max=99,
+            help=f"How far auto-converge may slow the guest down [default: {THROTTLE_MAX_PERCENT}].",
+        ),
     ] = None,
     no_reduce: Annotated[
         bool,
@@ -88,6 +120,8 @@ def migrate(  # noqa: PLR0913 - one parameter for each option
     """
     if no_multifd and multifd is not None:
         raise UsageError("usage.argument", "--multifd and --no-multifd exclude each other")
+    if max_throttle is not None and on_stall is not StallPolicy.AUTO_CONVERGE:
+        raise UsageError("usage.argument", "--max-throttle needs --on-stall auto-converge")
     try:
         request = MigrationRequest(
             vm=vm,
@@ -96,6 +130,9 @@ def migrate(  # noqa: PLR0913 - one parameter for each option
             max_bandwidth_bytes_per_s=None if max_bandwidth is None else words.parse_rate(max_bandwidth),
             downtime_limit_ms=downtime_limit,
             switchover_hook=None if switchover_hook is None else _hook(switchover_hook),
+            on_stall=on_stall.value,
+            give_up_after_s=give_up_after,
+            throttle_max_percent=THROTTLE_MAX_PERCENT if max_throttle is None else max_throttle,
             reduce=not no_reduce,
             protection=cast(Protection, protection),  # the model judges it
             i_know_this_is_weak=i_know_this_is_weak,

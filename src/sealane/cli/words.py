@@ -105,7 +105,12 @@ def progress_figures(migration: Migration) -> dict[str, str]:
         "rate": None if rate is None else words.rate(rate),
         "iteration": f"iteration {progress.iteration}" if progress.iteration else None,
         "dirty": None if dirty is None else f"dirty {words.rate(dirty)}",
-        "left": None if left is None else f"{words.duration(left)} left",
+        "throttle": f"guest slowed by {progress.throttle_percent} %" if progress.throttle_percent else None,
+        "left": "no end in sight"
+        if progress.converges is False
+        else None
+        if left is None
+        else f"{words.duration(left)} left",
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
 

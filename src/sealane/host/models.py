@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sealane.limits import LANES_MAX
+from sealane.limits import GIVE_UP_AFTER_S, LANES_MAX, THROTTLE_MAX_PERCENT
 
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Fingerprint = Annotated[str, Field(pattern=r"^SHA256:[0-9a-f]{64}$")]
@@ -24,6 +24,7 @@ MigrationId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 Role = Literal["source", "destination"]
 State = Literal["preparing", "copying", "switching-over", "handing-over", "completed", "aborted", "in-doubt"]
+OnStall = Literal["give-up", "auto-converge", "wait"]
 VmState = Literal["running", "paused", "incoming", "absent", "unreachable", "in-doubt"]
 Protection = Literal["sealed", "selective", "hrt", "shift", "affine", "rc4"]
 RunsAt = Literal["source", "destination", "in-doubt", "nowhere"]
@@ -134,6 +135,10 @@ class MigrationRequest(Model):
 
     Any protection but `sealed` leaves a part of the VM readable on the network: it needs `i_know_this_is_weak`, and both
     hosts' configurations must allow it. Without `reduce` every byte crosses the wire as it is.
+
+    `on_stall`: where the guest writes faster than the copy goes, "give-up" leaves the VM at the source once there was no
+    progress for `give_up_after_s`; "auto-converge" lets QEMU slow the guest down, to `throttle_max_percent` at most,
+    before that; "wait" never gives up.
     """
 
     vm: Name
@@ -142,6 +147,9 @@ class MigrationRequest(Model):
     max_bandwidth_bytes_per_s: Annotated[int, Field(ge=0)] | None = None
     downtime_limit_ms: Annotated[int, Field(ge=1, le=2_000_000)] | None = None
     switchover_hook: list[str] | None = None
+    on_stall: OnStall = "give-up"
+    give_up_after_s: Annotated[float, Field(gt=0, le=86_400)] = GIVE_UP_AFTER_S
+    throttle_max_percent: Annotated[int, Field(ge=1, le=99)] = THROTTLE_MAX_PERCENT
     reduce: bool = True
     protection: Protection = "sealed"
     i_know_this_is_weak: bool = False
@@ -157,7 +165,11 @@ class NotSent(Model):
 
 
 class Progress(Model):
-    """How far a migration is. Rates are of the last interval; None where nothing is known yet."""
+    """How far a migration is. Rates are of the last interval; None where nothing is known yet.
+
+    `converges` False: the guest writes faster than the copy goes, and no end is in sight; `stalled_s` is how long there
+    was no progress, `throttle_percent` how far QEMU slows the guest down.
+    """
 
     bytes_total: int = 0
     bytes_remaining: int = 0
@@ -168,6 +180,9 @@ class Progress(Model):
     dirty_rate_bytes_per_s: float | None = None
     iteration: int = 0
     eta_s: float | None = None
+    converges: bool | None = None
+    stalled_s: float = 0.0
+    throttle_percent: int | None = None
 
 
 class Result(Model):

@@ -32,11 +32,16 @@ class VmDescription:
 
 @dataclass(frozen=True)
 class MigrationParameters:
-    """What both ends must agree on. 0 multifd channels: one stream; 0 bandwidth: unbounded; None: QEMU's own limit."""
+    """What both ends must agree on. 0 multifd channels: one stream; 0 bandwidth: unbounded; None: QEMU's own limit.
+
+    `throttle_max_percent`: QEMU may slow the guest down so far where it writes faster than the copy goes (auto-converge);
+    None: not at all. The source's alone.
+    """
 
     multifd_channels: int = 0
     max_bandwidth_bytes_per_s: int = 0
     downtime_limit_ms: int | None = None
+    throttle_max_percent: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class MigrationStatus:
     iteration: int = 0
     dirty_rate_bytes_per_s: float | None = None
     rate_bytes_per_s: float | None = None
+    throttle_percent: int | None = None
     error: str | None = None
 
 

@@ -43,6 +43,11 @@ _ENDED: Final = {"completed": "completed already", "failed": "failed", "cancelle
 _SILENT: Final = logging.Logger("sealane.hypervisor.qmp.silent")
 _SILENT.disabled = True
 
+# QEMU's default: how far auto-converge slows a guest down at first; it goes on in steps of `cpu-throttle-increment`.
+THROTTLE_INITIAL_PERCENT: Final = 20
+# Capabilities that are an error where they are wanted and this QEMU has none of them.
+_REFUSED_WITHOUT: Final = ("events", "return-path", "multifd", "auto-converge")
+
 # Parameters that an earlier migration, or a person, may have left; only those that this QEMU knows are sent.
 _PARAMETER_DEFAULTS: Final[Mapping[str, object]] = {
     "multifd-compression": "none",
@@ -52,6 +57,9 @@ _PARAMETER_DEFAULTS: Final[Mapping[str, object]] = {
     "tls-hostname": "",
     "tls-authz": "",
     "mode": "normal",
+    "cpu-throttle-initial": THROTTLE_INITIAL_PERCENT,
+    "cpu-throttle-increment": 10,
+    "max-cpu-throttle": 99,
 }
 
 
@@ -332,8 +340,9 @@ class QmpMachine:
             "pause-before-switchover": not incoming,
             "late-block-activate": incoming,
             "multifd": parameters.multifd_channels > 0,
+            "auto-converge": parameters.throttle_max_percent is not None,
         }
-        missing = sorted(name for name in ("events", "return-path", "multifd") if wanted[name] and name not in known)
+        missing = sorted(name for name in _REFUSED_WITHOUT if wanted[name] and name not in known)
         if missing:
             raise make_error("check.capabilities", f"this QEMU has no {', '.join(missing)}")
         states = [{"capability": name, "state": wanted.get(name, False)} for name in sorted(known)]
@@ -348,6 +357,9 @@ class QmpMachine:
         values: dict[str, object] = {name: value for name, value in _PARAMETER_DEFAULTS.items() if name in known}
         values["max-bandwidth"] = parameters.max_bandwidth_bytes_per_s or BANDWIDTH_UNBOUNDED
         values["downtime-limit"] = parameters.downtime_limit_ms or QEMU_DEFAULT_DOWNTIME_LIMIT_MS
+        if parameters.throttle_max_percent is not None:
+            values["max-cpu-throttle"] = parameters.throttle_max_percent
+            values["cpu-throttle-initial"] = min(THROTTLE_INITIAL_PERCENT, parameters.throttle_max_percent)
         if parameters.multifd_channels:
             values["multifd-channels"] = parameters.multifd_channels
         await self.execute("migrate-set-parameters", values)
@@ -387,6 +399,9 @@ class QmpMachine:
             iteration=_as_int(ram.get("dirty-sync-count")),
             dirty_rate_bytes_per_s=float(_as_int(ram.get("dirty-pages-rate")) * page_bytes) if has_rate else None,
             rate_bytes_per_s=cast(float, ram["mbps"]) * 1e6 / 8 if has_rate else None,
+            throttle_percent=_as_int(answer["cpu-throttle-percentage"])
+            if "cpu-throttle-percentage" in answer
+            else None,
             error=cast(str | None, answer.get("error-desc")),
         )
 

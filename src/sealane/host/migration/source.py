@@ -35,6 +35,7 @@ from sealane.host.jobs import Job
 from sealane.host.migration import messages
 from sealane.host.migration.checks import check_source
 from sealane.host.migration.context import LANE_CIPHER, MigrationContext
+from sealane.host.migration.convergence import Convergence, Outlook, words_of
 from sealane.host.migration.dialling import (
     SocketDirectory,
     all_or_none,
@@ -49,7 +50,7 @@ from sealane.host.migration.stall import StallLimit
 from sealane.host.models import Migration, MigrationRequest, NotSent, Peer, Progress, Result, RunsAt, VmDefinition
 from sealane.host.problems import problem_of
 from sealane.host.registry import is_absent
-from sealane.hypervisor.driver import MigrationParameters, QmpEvent, VmDescription
+from sealane.hypervisor.driver import MigrationParameters, MigrationStatus, QmpEvent, VmDescription
 from sealane.hypervisor.qmp import EventStream, QmpMachine
 from sealane.limits import (
     CHANNEL_ANSWER_TIMEOUT_S,
@@ -99,6 +100,7 @@ class SourceMigration(Job):
         self._qemu: QmpMachine | None = None
         self._events: EventStream | None = None
         self._ran_before = False
+        self._convergence = Convergence(None if request.on_stall == "wait" else request.give_up_after_s)
 
     async def run(self) -> None:
         """Carry the migration out; ends in completed, aborted or in-doubt whatever happens."""
@@ -126,6 +128,9 @@ class SourceMigration(Job):
                 multifd_channels=prepared.multifd_channels,
                 max_bandwidth_bytes_per_s=self._request.max_bandwidth_bytes_per_s or 0,
                 downtime_limit_ms=self._request.downtime_limit_ms,
+                throttle_max_percent=(
+                    self._request.throttle_max_percent if self._request.on_stall == "auto-converge" else None
+                ),
             ),
             incoming=False,
         )
@@ -245,21 +250,36 @@ class SourceMigration(Job):
 
     async def _tell_progress(self, qemu: QmpMachine) -> None:
         status = await qemu.migration_status()
-        rate = status.rate_bytes_per_s
-        remaining = status.ram_remaining
+        self._convergence.judge(status, lambda outlook: self._tell_outlook(status, outlook))
+
+    def _tell_outlook(self, status: MigrationStatus, outlook: Outlook) -> None:
+        self._say_whether_it_converges(status, outlook)
         self.update(
             progress=Progress(
                 bytes_total=status.ram_total,
-                bytes_remaining=remaining,
+                bytes_remaining=status.ram_remaining,
                 bytes_transferred=status.ram_transferred,
                 bytes_wire=self._wire_bytes(),
                 not_sent=self._enclave.not_sent if self._enclave is not None else NotSent(),
-                rate_bytes_per_s=rate,
+                rate_bytes_per_s=status.rate_bytes_per_s,
                 dirty_rate_bytes_per_s=status.dirty_rate_bytes_per_s,
                 iteration=status.iteration,
-                eta_s=remaining / rate if rate else None,
+                eta_s=outlook.eta_s,
+                converges=outlook.converges,
+                stalled_s=outlook.stalled_s,
+                throttle_percent=status.throttle_percent,
             )
         )
+
+    def _say_whether_it_converges(self, status: MigrationStatus, outlook: Outlook) -> None:
+        """Tell it once each time it changes: the log and those who follow want to know, not every quarter of a second."""
+        if outlook.converges is None or outlook.converges == self._migration.progress.converges:
+            return
+        if not outlook.converges:
+            self.log.warning("no end of the copy is in sight", reason=words_of(status))
+            self.update(detail=f"no end in sight: {words_of(status)}")
+        elif self._migration.progress.converges is not None:
+            self.update(detail="the VM's memory goes over")
 
     async def _switch_over(self, qemu: QmpMachine) -> None:
         self._times.vm_stopped = self._moment_of("STOP")
