@@ -115,7 +115,10 @@ def test_a_broken_policy_is_told_everywhere(live: Paths, run: Run) -> None:
 def test_show_needs_no_agent_and_can_be_used_as_a_file(run: Run) -> None:
     shown = run("policy", "show", "--schema")
     assert shown.exit_code == 0
-    assert "default: any VM, between hosts that trust each other, sealed" in shown.stdout
+    assert (
+        "default: any VM, between hosts that trust each other, sealed unless the settings allow otherwise"
+        in shown.stdout
+    )
     assert "entity Host in [HostGroup]" in shown.stdout
     (value,) = objects(run("policy", "show", "--json").stdout)
     assert (value["source"], [each["effect"] for each in value["policies"]]) == ("default", ["forbid", "permit"])

@@ -61,6 +61,14 @@ def test_the_default_allows_trusted_hosts_and_sealed_only(tmp_path: Path, direct
         assert "with the protection sealed" in denied.words
 
 
+def test_the_default_follows_the_settings_and_files_need_not(tmp_path: Path) -> None:
+    both = ("sealed", "hrt")
+    assert decide(tmp_path, protection="hrt", allowed_here=both).decision == "allow"
+    assert decide(tmp_path, protection="shift", allowed_here=both).decision == "deny"
+    write(tmp_path, own='permit (principal, action, resource) when { context.protection == "sealed" };')
+    assert decide(tmp_path, protection="hrt", allowed_here=both).decision == "deny"
+
+
 @pytest.mark.parametrize("direction", ["send", "receive"])
 def test_the_vms_least_level(tmp_path: Path, direction: str) -> None:
     assert decide(tmp_path, direction=direction, level=3, least_level=3).decision == "allow"

@@ -209,7 +209,9 @@ def check_policy(context: Context) -> Iterator[Finding]:
         yield Finding("policy", "broken", f"nothing is allowed: {error.detail}", error.mend)
         return
     if policy.source == "default":
-        yield Finding("policy", "ok", "the default: any VM, between hosts that trust each other, sealed")
+        yield Finding(
+            "policy", "ok", "the default: any VM, between hosts that trust each other, by the protections that are set"
+        )
         return
     names = ", ".join(name for name, _ in policy.texts)
     if not any(each.effect == "permit" for each in policy.named):

@@ -162,7 +162,8 @@ class Agent:
             trust = PeerTrust(level=question.level, production_level=question.level, root="as asked")
         if question.user is not None:
             caller = caller_called(question.user)
-        move = Move(question.direction, vm, peer.name, peer.fingerprint, trust, question.protection, caller)
+        allowed = self.settings.allowed_protections
+        move = Move(question.direction, vm, peer.name, peer.fingerprint, trust, question.protection, caller, allowed)
         return PolicyAnswer(
             decision=load_policy(self.paths.config).decide(move),
             vm=vm.name,

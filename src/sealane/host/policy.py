@@ -40,7 +40,11 @@ entity Host in [HostGroup] = {
 entity Label;
 entity VmGroup in [VmGroup];
 entity Vm in [VmGroup, Label] = { "leastLevel": Long };
-type Movement = { "peer": Host, "protection": String };
+type Movement = {
+  "peer": Host,
+  "protection": String,
+  "allowedHere": Set<String>   // the setting allowed_protections of this host
+};
 action send appliesTo { principal: [User], resource: [Vm], context: Movement };
 action receive appliesTo { principal: [Host], resource: [Vm], context: Movement };
 """
@@ -53,10 +57,10 @@ when {{ context.peer.level < resource.leastLevel }};
 """
 
 DEFAULT: Final = """\
-@id("default: any VM, between hosts that trust each other, sealed")
+@id("default: any VM, between hosts that trust each other, sealed unless the settings allow otherwise")
 permit (principal, action in [Action::"send", Action::"receive"], resource)
 when {
-  context.protection == "sealed" &&
+  context.allowedHere.contains(context.protection) &&
   context.peer.productionLevel >= 1 &&
   context.peer.productionLevel >= resource.leastLevel
 };
@@ -91,6 +95,7 @@ class Move:
     trust: PeerTrust
     protection: str
     caller: Caller = UNKNOWN_CALLER
+    allowed_here: tuple[str, ...] = ("sealed",)
 
 
 @dataclass(frozen=True)
@@ -265,7 +270,11 @@ def _request(move: Move) -> dict[str, Any]:
         "principal": _uid(*principal),
         "action": _uid("Action", move.direction),
         "resource": _uid("Vm", move.vm.name),
-        "context": {"peer": {"__entity": _uid("Host", move.peer)}, "protection": move.protection},
+        "context": {
+            "peer": {"__entity": _uid("Host", move.peer)},
+            "protection": move.protection,
+            "allowedHere": list(move.allowed_here),
+        },
     }
 
 

@@ -25,10 +25,13 @@ async def pass_gate(
     job.update(peer_trust=trust)
     note_sighting(job, context, met.peer_fingerprint, trust)
     migration, config = job.migration, context.paths.config
+    allowed_here = context.settings.allowed_protections
 
     def decide() -> PolicyDecision:
         caller = caller_called(migration.requested_by)
-        move = Move(direction, vm, met.peer_name, met.peer_fingerprint, trust, migration.protection, caller)
+        move = Move(
+            direction, vm, met.peer_name, met.peer_fingerprint, trust, migration.protection, caller, allowed_here
+        )
         return load_policy(config).decide(move)
 
     decision = await asyncio.to_thread(decide)  # files and the user database: another VM may be paused meanwhile
