@@ -307,6 +307,115 @@ def test_what_cannot_be_read_goes_as_it_is(data: bytes, first: str, sizes: int) 
     assert out == lane
 
 
+# what passes while a lane is not active, or cannot be read, is not known afterwards
+
+
+def section(*pages: tuple[int, int]) -> bytes:
+    """A RAM section of pages and their contents; the first record names its block and is always sent."""
+    records = b"".join(
+        rig.record(index * rig.PAGE, q.RAM_SAVE_FLAG_PAGE, "" if number else "a", body(content))
+        for number, (index, content) in enumerate(pages)
+    )
+    return rig.part() + records + rig.EOS + rig.FOOTER
+
+
+def fed(reducer: LaneReducer, data: bytes) -> bytes:
+    sent = reducer.feed(memoryview(data))
+    return data if sent is None else b"".join(bytes(part) for part in sent)
+
+
+def active_main() -> LaneReducer:
+    reducer = LaneReducer(PagesSeen(1), 0, KEY)
+    reducer.activate()
+    fed(reducer, rig.HEADER + rig.start() + rig.listing({"a": 8 * rig.PAGE}) + rig.EOS + rig.FOOTER)
+    return reducer
+
+
+def active_channel() -> LaneReducer:
+    seen = PagesSeen(1)
+    seen.list_block("a", 8 * rig.PAGE)
+    reducer = LaneReducer(seen, 0, KEY)
+    reducer.activate()
+    fed(reducer, rig.HELLO)
+    return reducer
+
+
+def test_a_page_that_passed_while_not_active_is_sent_again() -> None:
+    reducer, page = active_main(), section((0, 1), (1, 1))
+    assert fed(reducer, page) == page
+    assert fed(reducer, page) != page
+    reducer.deactivate()
+    fed(reducer, section((0, 1), (1, 2)))
+    reducer.activate()
+    assert fed(reducer, page) == page
+
+
+PACKET = rig.packet(normals=[1], number=1)
+OTHER = rig.packet(normals=[1], payload=rig.page(7), number=2)
+
+
+def test_a_packet_that_passed_while_not_active_is_sent_again() -> None:
+    reducer = active_channel()
+    assert fed(reducer, PACKET) == PACKET
+    assert len(fed(reducer, PACKET)) < rig.PAGE
+    reducer.deactivate()
+    fed(reducer, OTHER)
+    reducer.activate()
+    assert fed(reducer, PACKET) == PACKET
+
+
+def test_a_packet_of_which_a_part_was_sent_before_is_not_known() -> None:
+    reducer = active_channel()
+    fed(reducer, PACKET)
+    reducer.deactivate()
+    fed(reducer, OTHER[:900])
+    reducer.activate()
+    assert fed(reducer, OTHER[900:]) == OTHER[900:]
+    assert fed(reducer, PACKET) == PACKET
+
+
+def test_a_packet_that_was_held_when_reducing_ended_is_not_known() -> None:
+    reducer = active_channel()
+    fed(reducer, PACKET)
+    assert fed(reducer, OTHER[:2000]) == b""
+    assert b"".join(bytes(part) for part in reducer.deactivate()) == OTHER[:2000]
+    fed(reducer, OTHER[2000:])
+    reducer.activate()
+    assert fed(reducer, PACKET) == PACKET
+
+
+def test_a_compressed_packet_is_not_known() -> None:
+    reducer = active_channel()
+    fed(reducer, PACKET)
+    compressed = rig.packet(normals=[1], flags=q.MULTIFD_FLAG_ZSTD, payload=b"compressed", number=3)
+    assert fed(reducer, compressed) == compressed
+    assert fed(reducer, PACKET) == PACKET
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        rig.record(rig.PAGE, q.RAM_SAVE_FLAG_XBZRLE, "", b"\1\0\3\4\1x"),
+        rig.record(rig.PAGE, q.RAM_SAVE_FLAG_COMPRESS_PAGE, "", struct.pack(">I", 3) + b"xyz"),
+    ],
+    ids=["xbzrle", "compressed"],
+)
+def test_a_page_in_another_form_is_not_known(record: bytes) -> None:
+    reducer, page = active_main(), section((0, 1), (1, 1))
+    fed(reducer, page)
+    other = rig.part() + record + rig.EOS + rig.FOOTER
+    assert fed(reducer, other) == other
+    assert fed(reducer, page) == page
+
+
+def test_a_zero_page_is_known_by_its_content() -> None:
+    reducer = active_main()
+    fed(reducer, rig.part() + rig.normal(0, "a") + rig.zero(1) + rig.EOS + rig.FOOTER)
+    zeros = rig.record(rig.PAGE, q.RAM_SAVE_FLAG_PAGE, "", bytes(rig.PAGE))
+    out = fed(reducer, rig.part() + zeros + rig.EOS + rig.FOOTER)
+    assert out == rig.part() + rig.EOS + rig.FOOTER
+
+
 # the table alone
 
 
