@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sealane.attest.bundle import encode_bundle, parse_bundle
 from sealane.attest.platformlog import Measured, manifest_digest
 from sealane.attest.reasons import Level
 from sealane.attest.reference import NO_REFERENCE, Reference
@@ -537,6 +538,118 @@ def test_a_peer_whose_root_changed_meanwhile() -> None:
     destination.quote = None
     talk(source, destination, again=True)
     assert source.code == "attest.changed"
+
+
+def test_a_peer_whose_level_fell_meanwhile() -> None:
+    rig, quote = tpm_quote()
+    wanted = {"accepted_test_roots": ["software-tpm"]}
+    source, destination = sides(
+        source={"reference": tpm_reference(rig), "wanted": wanted}, destination={"quote": quote}
+    )
+    talk(source, destination)
+    assert source.attested[0].verdict.level is Level.HARDWARE_ROOTED
+    rig.leave_out = ("ima",)
+    talk(source, destination, again=True)
+    assert source.code == "attest.changed"
+    assert source.error is not None
+    assert "level 3 and has 2 now" in source.error.detail
+
+
+def test_a_peer_that_quotes_with_another_tpm_meanwhile() -> None:
+    (one, quote), (other, another) = tpm_quote(), tpm_quote()
+    keys = [{"digest": rig.digest, "root": "software", "name": name} for rig, name in ((one, "one"), (other, "other"))]
+    reference = tpm_reference(one, tpm={"keys": keys}, hosts=[f"ak:{one.digest}", f"ak:{other.digest}"])
+    source, destination = sides(
+        source={"reference": reference, "wanted": {"accepted_test_roots": ["software-tpm"]}},
+        destination={"quote": quote},
+    )
+    talk(source, destination)
+    destination.quote = another
+    talk(source, destination, again=True)
+    assert source.code == "attest.changed"
+    assert source.error is not None
+    assert "another root" in source.error.detail
+
+
+# ---- a peer that holds every key and does not keep to the messages
+
+
+Body = Callable[[bytes], bytes]
+
+
+def lying(far: End, kind: MessageKind, change: Body, *, nonces: Body | None = None) -> str | None:
+    """The code with which the near end refuses, where the far one changes a body before it authenticates it."""
+    ends = dict(zip(ROLES, sides(), strict=True))
+    round_ = ends[far].machine._round
+    say, signed = round_._say, round_._signed_logs
+    round_._say = lambda said, body: say(said, change(body) if said is kind else body)  # type: ignore[method-assign,assignment]
+    if nonces is not None:
+        round_._signed_logs = lambda asked: signed(nonces(asked))  # type: ignore[method-assign,assignment]
+    talk(ends[End.SOURCE], ends[End.DESTINATION])
+    assert_nothing_begins(*ends.values())
+    return ends[far.peer].code
+
+
+def other_nonce(body: bytes) -> bytes:
+    return b"\x09" * 32 + body[32:]
+
+
+@pytest.mark.parametrize(
+    ("far", "kind", "change", "nonces", "code"),
+    [
+        (End.SOURCE, MessageKind.M1, lambda body: body + b"x", None, "attest.nonce"),
+        (End.DESTINATION, MessageKind.M2, other_nonce, other_nonce, "attest.nonce"),
+        (End.SOURCE, MessageKind.M3, other_nonce, other_nonce, "attest.nonce"),
+        (End.DESTINATION, MessageKind.M2, other_nonce, None, "attest.nonce"),
+        (End.DESTINATION, MessageKind.M4, other_nonce, None, "attest.nonce"),
+        (End.DESTINATION, MessageKind.M4, lambda body: body + b"x", None, "attest.nonce"),
+        (End.DESTINATION, MessageKind.CHALLENGE, lambda _: b"vm", None, "attest.migration"),
+    ],
+)  # fmt: skip
+def test_a_body_that_does_not_answer(far: End, kind: MessageKind, change: Body, nonces: Body | None, code: str) -> None:
+    assert lying(far, kind, change, nonces=nonces) == code
+
+
+@pytest.mark.parametrize("far", ROLES)
+def test_logs_that_another_key_signed(far: End) -> None:
+    ends = dict(zip(ROLES, sides(), strict=True))
+    round_ = ends[far].machine._round
+    round_._conversation = replace(round_._conversation, key_pem=STRANGER.key_pem)
+    talk(ends[End.SOURCE], ends[End.DESTINATION])
+    assert ends[far.peer].code == "attest.authentication"
+    assert_nothing_begins(*ends.values())
+
+
+@pytest.mark.parametrize("far", ROLES)
+def test_logs_before_they_are_asked_for_and_evidence_after(far: End) -> None:
+    identity = SOURCE if far is End.SOURCE else DESTINATION
+    early: Body = (
+        lambda body: (  # noqa: E731
+            body[:32] + encode_bundle({**parse_bundle(body[32:]), "platform-log": platform_log()})
+        )
+    )
+    assert lying(far, MessageKind.SHOW, early) == "attest.order"
+    ends = dict(zip(ROLES, sides(), strict=True))
+    round_ = ends[far].machine._round
+    signed = round_._signed_logs
+
+    def late(nonces: bytes) -> bytes:
+        round_._logs["software.statement"] = software_evidence(identity, nonces)["software.statement"]
+        return signed(nonces)
+
+    round_._signed_logs = late  # type: ignore[method-assign]
+    talk(ends[End.SOURCE], ends[End.DESTINATION])
+    assert ends[far.peer].code == "attest.order"
+
+
+@pytest.mark.parametrize("far", ROLES)
+def test_a_seed_that_is_none_or_ours(far: End) -> None:
+    for seed in (bytes(32), None):
+        ends = dict(zip(ROLES, sides(), strict=True))
+        near = ends[far.peer].machine._round
+        ends[far].machine._round._seeds[far] = near._seeds[far.peer] if seed is None else seed
+        talk(ends[End.SOURCE], ends[End.DESTINATION])
+        assert ends[far.peer].code == "attest.binding"
 
 
 # ---- bytes
