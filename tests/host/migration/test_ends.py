@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from sealane.enclave.interface import PeerEstablished
+from sealane.enclave.interface import LaneTokens, PeerEstablished
 from sealane.errors import SealaneError, for_peer, make_error, printable
 from sealane.host.config import Settings
 from sealane.host.migration import destination as destination_module
@@ -209,6 +209,23 @@ async def test_a_proven_peer_says_soon_what_it_wants(store: Store, monkeypatch: 
     with pytest.raises(SealaneError, match=r"peer\.slow"):
         await reception.meet(cast(Any, None))
     assert limits == [PREPARE_TIMEOUT_S] == [10.0]
+
+
+def test_a_lane_is_let_in_by_its_token_once(store: Store) -> None:
+    """Neither the migration's id, nor the token of another lane, nor one that was used opens anything."""
+    let_in: list[int] = []
+    reception = a_reception(store)
+    reception._enclave = cast(Any, SimpleNamespace(call=lambda call, _connection: let_in.append(call.lane)))
+    connection = cast(Any, None)
+    tokens = {lane: bytes([lane + 1]) * 16 for lane in (0, 1)}
+    assert not reception.accept_lane(tokens[0], 0, connection)  # none is awaited yet
+    reception.expect_lanes(LaneTokens({token.hex(): str(lane) for lane, token in tokens.items()}))
+    for token, lane in ((bytes.fromhex("1" * 32), 0), (bytes(16), 0), (tokens[1], 0), (tokens[0], 1), (b"", 0)):
+        assert not reception.accept_lane(token, lane, connection)
+    assert reception.accept_lane(tokens[1], 1, connection)
+    assert not reception.accept_lane(tokens[1], 1, connection)
+    assert reception.accept_lane(tokens[0], 0, connection)
+    assert let_in == [1, 0]
 
 
 # ---- words
