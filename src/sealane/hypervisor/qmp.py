@@ -378,10 +378,28 @@ class QmpMachine:
 
     async def cancel_migration(self) -> None:
         """End an outgoing migration and wait until it has ended; QEMU then lets a guest that ran before run again."""
-        if (await self.migration_status()).status in INACTIVE_STATUSES:
-            return
-        await self.execute("migrate_cancel")
-        await self.wait_migration(TERMINAL_STATUSES, self._timeout_s)
+        status = (await self.migration_status()).status
+        if status not in INACTIVE_STATUSES:
+            await self.execute("migrate_cancel")
+            status = (await self.wait_migration(TERMINAL_STATUSES, self._timeout_s)).status
+        if status == "failed":
+            await self._finish_failed()
+
+    async def _finish_failed(self) -> None:
+        """See a failed migration to its end, so that the guest can run again.
+
+        A multifd channel that breaks while QEMU waits in "pre-switchover" makes the migration failed, and its thread
+        waits on: the guest stays stopped for ever, and `cont` is refused ("Migration is not finalized yet"). The command
+        that lets it go on asks only that it be told the present state (QEMU 10.0, migration/migration.c,
+        qmp_migrate_continue and migration_maybe_pause). What is said too much is forgotten by the next migration.
+        """
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while await self.run_state() == "finish-migrate":
+                    await self.execute("migrate-continue", {"state": "failed"})
+                    await asyncio.sleep(BLIND_LOOK_INTERVAL_S)
+        except TimeoutError:
+            raise make_error("migration.qemu-failed", "the failed migration does not end") from None
 
     async def migration_status(self) -> MigrationStatus:
         """How far the migration is; status "none" before the first one."""

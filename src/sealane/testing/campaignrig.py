@@ -34,7 +34,7 @@ _TIDY_TIMEOUT_S: Final = 15.0
 _CHECK_TIMEOUT_S: Final = 30.0
 _LOOK_EVERY_S: Final = 0.05
 _PIDFD: Final = "anon_inode:[pidfd]"
-_MADE_BY_USE: Final = frozenset({"log"})
+_MADE_BY_USE: Final = frozenset({"log", "receipts"})
 
 
 @dataclass
@@ -106,7 +106,7 @@ class CampaignRig:
             for end in (self.home, self.away):
                 if end.name in attempt.killed:
                     self._restart(end, attempt)
-            if not attempt.killed and all(self._has_settled(end) for end in (self.home, self.away)):
+            if all(self._has_settled(end) for end in (self.home, self.away)) and not attempt.killed:
                 return
             if time.monotonic() > deadline:
                 raise RigError(f"not settled after {_SETTLE_TIMEOUT_S:.0f} s: {self._tell()}")
