@@ -1,0 +1,35 @@
+/*
+ * Drawn from sealane.session.handover and sealane.host.migration.messages by tests/models/table.py; do not edit.
+ * ROLE_after(state, input) is the state that follows, or 0 where the code's table has no such step.
+ */
+mtype:state = { PREPARING, COPYING, SWITCHING_OVER, HANDING_OVER, COMPLETED, ABORTED, IN_DOUBT };
+mtype:input = { PREPARED, VM_STOPPED, RELEASED, NOT_SENT, TICKET_JOURNALLED, RECEIPT, FAILED, REFUSED };
+mtype:message = { prepare, prepared, loaded, ticket, receipt, ticket_refused, receipt_copy };
+
+#define source_after(state, input) \
+	((state) == PREPARING && (input) == PREPARED -> COPYING : \
+	((state) == PREPARING && (input) == FAILED -> ABORTED : \
+	((state) == COPYING && (input) == VM_STOPPED -> SWITCHING_OVER : \
+	((state) == COPYING && (input) == FAILED -> ABORTED : \
+	((state) == SWITCHING_OVER && (input) == RELEASED -> HANDING_OVER : \
+	((state) == SWITCHING_OVER && (input) == FAILED -> ABORTED : \
+	((state) == HANDING_OVER && (input) == RECEIPT -> COMPLETED : \
+	((state) == HANDING_OVER && (input) == REFUSED -> ABORTED : \
+	((state) == HANDING_OVER && (input) == NOT_SENT -> ABORTED : \
+	((state) == HANDING_OVER && (input) == FAILED -> IN_DOUBT : \
+	((state) == IN_DOUBT && (input) == RECEIPT -> COMPLETED : \
+	((state) == IN_DOUBT && (input) == REFUSED -> ABORTED : \
+	((state) == IN_DOUBT && (input) == FAILED -> IN_DOUBT : \
+	0)))))))))))))
+
+#define destination_after(state, input) \
+	((state) == PREPARING && (input) == PREPARED -> COPYING : \
+	((state) == PREPARING && (input) == FAILED -> ABORTED : \
+	((state) == COPYING && (input) == VM_STOPPED -> SWITCHING_OVER : \
+	((state) == COPYING && (input) == FAILED -> ABORTED : \
+	((state) == SWITCHING_OVER && (input) == TICKET_JOURNALLED -> HANDING_OVER : \
+	((state) == SWITCHING_OVER && (input) == FAILED -> ABORTED : \
+	((state) == HANDING_OVER && (input) == RECEIPT -> COMPLETED : \
+	((state) == HANDING_OVER && (input) == FAILED -> COMPLETED : \
+	((state) == HANDING_OVER && (input) == REFUSED -> ABORTED : \
+	0)))))))))

@@ -1,0 +1,140 @@
+"""Lets spin look at every state of `models/handover.pml`: `python -m tests.models.check`, or `./run model`.
+
+spin(1) writes a program in C for the model and its claims, gcc compiles it, and it walks all states that can be reached,
+in any order of all that can happen. A claim holds only if the walk was complete and nothing was cut off.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.models.table import MODELS, TABLE, drawn
+
+MODEL = MODELS / "handover.pml"
+SAFETY = ("in_the_table", "never_two", "never_none", "doubt_is_paused")
+# A claim about whole runs. It holds for every run, so also for every fair one.
+LIVENESS = ("ends",)
+_DEPTH_MAX = 1_000_000
+_TIMEOUT_S = 600
+
+
+class SpinError(Exception):
+    """spin, gcc or the verifier failed, or its answer is not one."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the walk for one claim came to; `violation` is empty where the claim holds in all states."""
+
+    claim: str
+    violation: str
+    states: int
+    transitions: int
+    depth: int
+    seconds: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether every state was looked at, and none breaks the claim."""
+        return not self.violation
+
+
+def verify(claims: Sequence[str], defines: Sequence[str] = ()) -> list[Verdict]:
+    """Check these claims of the model with these defines (`NAME` or `NAME=VALUE`); raises SpinError without an answer.
+
+    An assertion in the model that fails is a violation too, whatever the claim; the define CLAIMS_ONLY leaves them out.
+    """
+    with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
+        directory = Path(scratch)
+        for path in (MODEL, TABLE):
+            shutil.copy(path, directory)
+        _run(["spin", "-a", *(f"-D{each}" for each in defines), MODEL.name], directory)
+        return [_walk(directory, claim) for claim in claims]
+
+
+def _walk(directory: Path, claim: str) -> Verdict:
+    is_safety = claim in SAFETY
+    program = directory / ("safety" if is_safety else "liveness")
+    if not program.exists():
+        options = ["-DSAFETY"] if is_safety else []
+        _run(["gcc", "-O1", "-w", "-DCOLLAPSE", *options, "-o", str(program), "pan.c"], directory)
+    arguments = [*([] if is_safety else ["-a"]), f"-m{_DEPTH_MAX}", "-N", claim]
+    begun = time.monotonic()
+    said = _run([str(program), *arguments], directory)
+    return _read(claim, said, time.monotonic() - begun)
+
+
+def _read(claim: str, said: str, seconds: float) -> Verdict:
+    errors = re.search(r"errors: (\d+)", said)
+    states = re.search(r"(\d+) states, stored", said)
+    transitions = re.search(r"(\d+) transitions", said)
+    depth = re.search(r"depth reached (\d+)", said)
+    if not (errors and states and transitions and depth) or "max search depth too small" in said:
+        raise SpinError(said)
+    violation = ""
+    if int(errors[1]):
+        first = re.search(r"^pan:\d+: (.*)$", said, re.MULTILINE)
+        violation = first[1] if first else "an error without a word"
+    elif "Search not completed" in said or re.search(rf"never claim\s+\+ \({claim}\)", said) is None:
+        raise SpinError(said)
+    return Verdict(claim, violation, int(states[1]), int(transitions[1]), int(depth[1]), seconds)
+
+
+def unreached(defines: Sequence[str] = ()) -> list[str]:
+    """Statements of the model that no run comes to; what is never reached is not checked either."""
+    with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
+        directory = Path(scratch)
+        for path in (MODEL, TABLE):
+            shutil.copy(path, directory)
+        _run(["spin", "-a", *(f"-D{each}" for each in defines), MODEL.name], directory)
+        _run(["gcc", "-O1", "-w", "-DCOLLAPSE", "-DSAFETY", "-DNOCLAIM", "-o", "pan", "pan.c"], directory)
+        said = _run(["./pan", f"-m{_DEPTH_MAX}"], directory)
+    return [line.strip() for line in said.splitlines() if f"{MODEL.name}:" in line and '"-end-"' not in line]
+
+
+def _run(argv: Sequence[str], directory: Path) -> str:
+    try:
+        done = subprocess.run(
+            argv, cwd=directory, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, errors="replace"
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SpinError(f"{argv[0]}: {error}") from error
+    if done.returncode:
+        raise SpinError(f"{' '.join(argv)} ended with {done.returncode}: {done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def main() -> int:
+    """Check all claims and print what was looked at; 0 where all hold."""
+    parser = argparse.ArgumentParser(prog="./run model", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=2, help="migrations that are tried [2]")
+    parser.add_argument("--crashes", type=int, default=3, help="crashes of agents, enclaves, QEMUs, for safety [3]")
+    parser.add_argument("--define", action="append", default=[], metavar="NAME", help="take a safeguard out")
+    arguments = parser.parse_args()
+    if TABLE.read_text() != drawn():
+        print("models/table.pml is not what the code says: python -m tests.models.table", file=sys.stderr)
+        return 1
+    verdicts = []
+    for claims, crashes in ((SAFETY, arguments.crashes), (LIVENESS, min(arguments.crashes, 2))):
+        defines = [f"ROUNDS={arguments.rounds}", f"CRASHES={crashes}", *arguments.define]
+        print(f"{arguments.rounds} migrations, up to {crashes} crashes", *arguments.define)
+        for claim in claims:
+            (verdict,) = verify([claim], defines)
+            verdicts.append(verdict)
+            print(
+                f"  {claim:16} {verdict.violation or 'holds'}: {verdict.states} states, {verdict.transitions} "
+                f"transitions, depth {verdict.depth}, {verdict.seconds:.1f} s",
+                flush=True,
+            )
+    return 0 if all(verdict.holds for verdict in verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
