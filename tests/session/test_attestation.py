@@ -623,11 +623,10 @@ def test_logs_that_another_key_signed(far: End) -> None:
 @pytest.mark.parametrize("far", ROLES)
 def test_logs_before_they_are_asked_for_and_evidence_after(far: End) -> None:
     identity = SOURCE if far is End.SOURCE else DESTINATION
-    early: Body = (
-        lambda body: (  # noqa: E731
-            body[:32] + encode_bundle({**parse_bundle(body[32:]), "platform-log": platform_log()})
-        )
-    )
+
+    def early(body: bytes) -> bytes:
+        return body[:32] + encode_bundle({**parse_bundle(body[32:]), "platform-log": platform_log()})
+
     assert lying(far, MessageKind.SHOW, early) == "attest.order"
     ends = dict(zip(ROLES, sides(), strict=True))
     round_ = ends[far].machine._round
