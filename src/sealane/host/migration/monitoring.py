@@ -19,6 +19,7 @@ from sealane.host.migration.enclave_process import EnclaveProcess
 from sealane.hypervisor.guest_memory import cpu_states, describe_guest_memory
 from sealane.hypervisor.qmp import QmpMachine
 
+NO_CLASSES_NEEDED: Final = "sealed"
 # What an ecall holds with room to spare. One CPU leads to the kernel's half as well as any other.
 _CPUS_TOLD_MAX: Final = 512
 
@@ -64,27 +65,34 @@ def _is_private(maps: str, layout: RamLayout) -> bool:
 
 
 class GuestMonitoring:
-    """Keeps the enclave's view of one guest fresh, from `start` to `switch_over`. Failures are logged, never raised."""
+    """Keeps the enclave's view of one guest fresh, from `start` to `switch_over`, where the protection tells pages apart.
 
-    def __init__(self, qemu: QmpMachine, enclave: EnclaveProcess, log: structlog.stdlib.BoundLogger) -> None:
-        self._qemu, self._enclave, self._log = qemu, enclave, log
+    Failures are logged, never raised; for `sealed` nothing is done at all.
+    """
+
+    def __init__(self, protection: str, log: structlog.stdlib.BoundLogger) -> None:
+        self._is_wanted = protection != NO_CLASSES_NEEDED
+        self._log = log
+        self._qemu: QmpMachine | None = None
+        self._enclave: EnclaveProcess | None = None
         self._asked = self._answered = 0
         self._iteration = -1
-        self._is_watching = False
         self.last: PagesClassified | None = None
         """What the last refresh that succeeded has found."""
 
-    async def start(self) -> None:
-        """Hand the guest's memory over and ask for the first look; best done while the destination prepares."""
+    async def start(self, qemu: QmpMachine, enclave: EnclaveProcess) -> None:
+        """Hand the guest's memory over and ask for the first look; best done before the destination prepares."""
+        if not self._is_wanted:
+            return
         try:
-            layout = await describe_guest_memory(self._qemu)
-            files = open_guest_memory(self._qemu.pid, layout)
-            self._enclave.on_pages_classified = self._on_answer
-            self._enclave.call(WatchGuest(layout.to_json()), *files)
-            self._is_watching = True
+            layout = await describe_guest_memory(qemu)
+            files = open_guest_memory(qemu.pid, layout)
+            enclave.on_pages_classified = self._on_answer
+            enclave.call(WatchGuest(layout.to_json()), *files)
         except SealaneError as error:
             self._log.warning("the guest's pages are not told apart", code=error.code, detail=error.detail)
             return
+        self._qemu, self._enclave = qemu, enclave
         await self._ask()
 
     async def iteration(self, number: int) -> None:
@@ -98,7 +106,7 @@ class GuestMonitoring:
         await self._ask(is_last=True)
 
     async def _ask(self, *, is_last: bool = False) -> None:
-        if not self._is_watching:
+        if self._qemu is None or self._enclave is None:
             return
         try:
             cpus = await cpu_states(self._qemu)

@@ -45,6 +45,7 @@ from sealane.host.migration.dialling import (
 )
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
 from sealane.host.migration.gate import pass_gate
+from sealane.host.migration.monitoring import GuestMonitoring
 from sealane.host.migration.receipt_exchange import give_copy, take_copy
 from sealane.host.migration.stall import StallLimit
 from sealane.host.models import Migration, MigrationRequest, NotSent, Peer, Progress, Result, RunsAt, VmDefinition
@@ -101,6 +102,7 @@ class SourceMigration(Job):
         self._events: EventStream | None = None
         self._ran_before = False
         self._convergence = Convergence(None if request.on_stall == "wait" else request.give_up_after_s)
+        self._monitoring = GuestMonitoring(migration.protection, self.log)
 
     async def run(self) -> None:
         """Carry the migration out; ends in completed, aborted or in-doubt whatever happens."""
@@ -122,6 +124,7 @@ class SourceMigration(Job):
     async def _migrate(self, qemu: QmpMachine, directory: Path) -> None:
         vm = await self._look(qemu)
         enclave = await self._meet(qemu)
+        await self._monitoring.start(qemu, enclave)
         prepared = await self._prepare(enclave, vm)
         await qemu.configure_migration(
             MigrationParameters(
@@ -250,6 +253,7 @@ class SourceMigration(Job):
 
     async def _tell_progress(self, qemu: QmpMachine) -> None:
         status = await qemu.migration_status()
+        await self._monitoring.iteration(status.iteration)
         self._convergence.judge(status, lambda outlook: self._tell_outlook(status, outlook))
 
     def _tell_outlook(self, status: MigrationStatus, outlook: Outlook) -> None:
@@ -287,6 +291,7 @@ class SourceMigration(Job):
         self.update(state=state.value, detail="the VM is paused, the rest goes over")
         if self._request.switchover_hook:
             await self._watch(self._ask_hook(self._request.switchover_hook))
+        await self._monitoring.switch_over()
         await self._watch(qemu.migrate_continue())
         self.journal()  # while QEMU sends: up to `released`, copying and switching-over recover alike
         await self._watch(qemu.wait_migration({"completed"}, LOADED_TIMEOUT_S))

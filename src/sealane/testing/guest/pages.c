@@ -295,6 +295,9 @@ int main(void)
 	processes++;
 	while (*ready < processes)
 		sched_yield();
+	file = open("/proc/sys/kernel/numa_balancing", O_WRONLY); /* its PROT_NONE entries stay, pages move no more */
+	if (file >= 0 && write(file, "0", 1) != 1)
+		say("PAGES FAILED: NUMA balancing goes on\n");
 	memset(frames, 1, sizeof frames); /* all its own pages are there before they are counted */
 	memset(frames, 0, sizeof frames);
 	mark_all();
