@@ -9,6 +9,7 @@ BENCHES: Final = {
     "codecs": "sealing, page codecs, digests and compression, GB/s of one core",
     "link": "a guest with real files over a 1 Gb/s link: QEMU's ways and Sealane's protections, with and without reduction",
     "migrate": "one guest moved by QEMU plain, QEMU TLS and Sealane, single-stream and multifd",
+    "pages": "page classes of a guest from outside: recall, precision, ms a GiB, and what it does to a busy lane",
     "wire": "reading QEMU's stream, GB/s of one core",
 }
 

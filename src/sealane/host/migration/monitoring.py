@@ -77,6 +77,7 @@ class GuestMonitoring:
         self._enclave: EnclaveProcess | None = None
         self._asked = self._answered = 0
         self._iteration = -1
+        self._is_over = False
         self.last: PagesClassified | None = None
         """What the last refresh that succeeded has found."""
 
@@ -104,6 +105,7 @@ class GuestMonitoring:
     async def switch_over(self) -> None:
         """The VM is paused: from now on every page counts as the user's. Costs one short command; no look is waited for."""
         await self._ask(is_last=True)
+        self._is_over = True
 
     async def _ask(self, *, is_last: bool = False) -> None:
         if self._qemu is None or self._enclave is None:
@@ -117,10 +119,12 @@ class GuestMonitoring:
 
     def _on_answer(self, answer: PagesClassified | GuestUnknown) -> None:
         self._answered = max(self._answered, answer.number)
-        if isinstance(answer, GuestUnknown):
-            self._log.warning("the guest's pages are not told apart", code=answer.code, detail=answer.detail)
-        else:
+        if isinstance(answer, PagesClassified):
             self.last = answer
+            counts = {"user": answer.user, "kernel": answer.kernel, "free": answer.free, "other": answer.other}
+            self._log.debug("page classes", **counts, processes=answer.tops, took_s=round(answer.total_s, 3))
+        elif not self._is_over:  # afterwards nothing depends on it, and QEMU may have ended
+            self._log.warning("the guest's pages are not told apart", code=answer.code, detail=answer.detail)
 
 
 def flat(cpus: list[CpuState]) -> list[int]:
