@@ -87,6 +87,17 @@ def test_a_failed_refresh_is_told_and_every_page_is_the_users(rig: Rig) -> None:
     assert rig.is_user(5) == [True]
 
 
+def test_a_fault_of_our_own_is_told_and_the_next_refresh_works(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("sealane.guest.classifier.search.scan", lambda *_: 1 / 0)
+        answer = rig.refresh()
+    assert answer.error is not None
+    assert answer.error.code == "internal.error"
+    assert rig.is_user(5) == [True]
+    assert rig.refresh(2).done is not None
+    assert rig.is_user(5) == [False]
+
+
 class HeldMemory(FakeMemory):
     """Lets the first read go on only when it is told to."""
 

@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from sealane.errors import SealaneError
+from sealane.errors import InternalError, SealaneError
 from sealane.guest import PAGE_BYTES, Classifier, CpuState, MemoryReader, PageClass, RamLayout, Refreshed
 
 _PAGE: Final = np.int64(PAGE_BYTES)
@@ -111,6 +111,9 @@ class Monitor:
         except SealaneError as error:
             self._publish(None)
             return Classified(request.number, None, error)
+        except Exception as error:  # our own fault; whoever waits for the answer must hear of it
+            self._publish(None)
+            return Classified(request.number, None, InternalError("internal.error", f"{type(error).__name__}: {error}"))
         if done.tops:
             ram = [block.name for block in self._layout.blocks if block.is_ram]
             self._publish({name: self._classifier.classes(name) == PageClass.USER for name in ram})

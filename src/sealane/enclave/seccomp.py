@@ -55,7 +55,7 @@ TABLE: Final = (
     Calls("recvfrom recvmsg sendto sendmsg read write readv writev", "pump bytes between the descriptors it was given"),
     Calls("accept accept4", "QEMU dials the listener that the agent handed over"),
     Calls("shutdown close", "end a lane"),
-    Calls("pread64 preadv lseek", "read guest memory, and its own status, from descriptors it was given"),
+    Calls("pread64 preadv preadv2 lseek", "read guest memory, and its own status, from descriptors it was given"),
     Calls(
         "getsockopt setsockopt getsockname getpeername fstat", "ask and set up connections; Python looks at each socket"
     ),
