@@ -53,8 +53,9 @@ def test_what_reduction_leaves_arrives_under_any_marks(name: str, protection: st
             for each in (reducer, same):
                 each.activate()
             while at < len(data):
-                piece = memoryview(bytearray(data[at : at + min(chance.choice([900, 60_000, 500_000]), PIECE_MAX)]))
-                at += len(piece)
+                count = min(chance.choice([900, 60_000, 500_000]), PIECE_MAX - len(reducer.tail))
+                piece = memoryview(bytearray(reducer.tail + data[at : at + count]))
+                at += count
                 expected.append(b"".join(bytes(part) for part in same.feed(piece) or []))
                 pump._send_pieces(reducer.feed(piece) or [])
             expected.append(b"".join(bytes(part) for part in same.deactivate()))

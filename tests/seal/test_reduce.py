@@ -37,7 +37,7 @@ def reduce_lanes(
     while any(left):
         at = chance.choice([number for number, rest in enumerate(left) if rest])
         count = size()
-        piece = bytearray(left[at][:count])
+        piece = bytearray(reducers[at].tail + left[at][:count])
         left[at] = left[at][count:]
         sent = reducers[at].feed(memoryview(piece))
         out[at] += piece if sent is None else b"".join(bytes(part) for part in sent)
@@ -240,7 +240,7 @@ def test_equal_content_is_sent_once(lanes: int) -> None:
             whole = streams(before)[number].removesuffix(rig.part(q.QEMU_VM_SECTION_END) + rig.EOS + rig.FOOTER + b"\0")
             old = b"" if done is None else streams(done)[number]
             old = old.removesuffix(rig.part(q.QEMU_VM_SECTION_END) + rig.EOS + rig.FOOTER + b"\0")
-            sent = reducer.feed(memoryview(whole[len(old) :]))
+            sent = reducer.feed(memoryview(reducer.tail + whole[len(old) :]))
             assert sent is not None
             carried += sum(len(part) for part in sent)
     named = 8  # lane 0 names its block once an epoch, and that record always goes
@@ -301,7 +301,7 @@ def test_what_cannot_be_read_goes_as_it_is(data: bytes, first: str, sizes: int) 
     reducer.activate()
     out = b""
     for piece in rig.pieces(lane, range(sizes, len(lane), sizes)):
-        sent = reducer.feed(memoryview(piece))
+        sent = reducer.feed(memoryview(reducer.tail + piece))
         out += piece if sent is None else b"".join(bytes(part) for part in sent)
     out += b"".join(bytes(part) for part in reducer.deactivate())
     assert out == lane
@@ -320,7 +320,7 @@ def section(*pages: tuple[int, int]) -> bytes:
 
 
 def fed(reducer: LaneReducer, data: bytes) -> bytes:
-    sent = reducer.feed(memoryview(data))
+    sent = reducer.feed(memoryview(reducer.tail + data))
     return data if sent is None else b"".join(bytes(part) for part in sent)
 
 

@@ -60,10 +60,7 @@ class MarkedOutbound(Outbound):
 
     def run(self) -> None:
         """Pump until QEMU closes; raises OSError where the line breaks."""
-        while count := self._receive(self._buffer[:PIECE_MAX]):
-            self.vm_bytes += count
-            self._interval_bytes += count
-            piece = self._buffer[:count]
+        while piece := self._receive(self._buffer[:PIECE_MAX]):
             reduced = self._reducer.feed(piece) if self._may_reduce else None
             self._send_pieces([piece] if reduced is None else reduced)
             if self._may_reduce:

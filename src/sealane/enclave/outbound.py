@@ -16,7 +16,7 @@ from typing import Final
 from sealane.seal.compression import INPUT_MAX, RecordCompressor
 from sealane.seal.effort import INTERVAL_S, Effort, Interval
 from sealane.seal.records import Coding, RecordSealer
-from sealane.seal.reduce import LaneReducer, Piece
+from sealane.seal.reduce import TAIL_MAX, LaneReducer, Piece
 
 # struct tcp_info (linux/tcp.h): tcpi_rwnd_limited, microseconds; kernels before 4.10 do not have it
 _RECEIVER_LIMITED_AT: Final = 176
@@ -40,7 +40,7 @@ class Outbound:
     ) -> None:
         self._vm, self._line, self._sealer = vm, line, sealer
         self._reducer, self._effort = reducer, effort
-        self._buffer = memoryview(bytearray(INPUT_MAX))
+        self._buffer = memoryview(bytearray(TAIL_MAX + INPUT_MAX))
         self._compressor: RecordCompressor | None = None
         self._line_wait_s = self._vm_wait_s = 0.0
         self._interval_began = time.perf_counter()
@@ -52,15 +52,12 @@ class Outbound:
 
     def run(self) -> None:
         """Pump until QEMU closes; raises OSError where the line breaks."""
-        while count := self._receive(self._sealer.payload if self._compressor is None else self._buffer):
-            self.vm_bytes += count
-            self._interval_bytes += count
+        while piece := self._receive(self._sealer.payload if self._compressor is None else self._buffer):
+            pieces = self._reducer.feed(piece)
             if self._compressor is None:
-                self._reducer.feed(self._sealer.payload[:count])
-                self._send(self._sealer.seal_data(count))
+                self._send(self._sealer.seal_data(len(piece)))
             else:
-                pieces = self._reducer.feed(self._buffer[:count])
-                self._send_compressed([self._buffer[:count]] if pieces is None else pieces)
+                self._send_compressed([piece] if pieces is None else pieces)
             self._measure()
         self._stop_reducing()
 
@@ -69,14 +66,20 @@ class Outbound:
         """What was not sent so far."""
         return Saved(self._reducer.zero_bytes, self._reducer.same_bytes, self._compressed_saved)
 
-    def _receive(self, buffer: memoryview) -> int:
+    def _receive(self, buffer: memoryview) -> memoryview:
+        """QEMU's next bytes, behind the tail that the reducer wants in front of them; empty where QEMU has closed."""
+        tail = self._reducer.tail
+        if tail:
+            buffer[: len(tail)] = tail
         began = time.perf_counter()
         try:
-            return self._vm.recv_into(buffer)
+            count = self._vm.recv_into(buffer[len(tail) :] if tail else buffer)
         except ConnectionResetError:
-            return 0
-        finally:
-            self._vm_wait_s += time.perf_counter() - began
+            count = 0
+        self._vm_wait_s += time.perf_counter() - began
+        self.vm_bytes += count
+        self._interval_bytes += count
+        return buffer[: len(tail) + count if count else 0]
 
     def _send(self, record: memoryview) -> None:
         began = time.perf_counter()

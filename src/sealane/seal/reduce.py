@@ -32,6 +32,8 @@ from sealane.wire.writer import encode
 Piece: TypeAlias = bytes | memoryview
 
 _RECORD_BYTES: Final = 8 + PAGE_BYTES
+# What is cut is mostly a page, with its header and perhaps a name; anything longer the reader keeps itself.
+TAIL_MAX: Final = 2 * PAGE_BYTES
 _ENDS_LEAVING_OUT: Final = frozenset(
     {
         q.MIG_CMD_POSTCOPY_LISTEN,
@@ -69,6 +71,7 @@ class LaneReducer:
         self._fed = 0  # bytes of QEMU's
         self._sent = 0  # of these, so many went out as they were
         self._active = False
+        self._tail = b""
         self._out: list[Piece] = []
         self.same_bytes = 0  # left out because the destination has them
         self.zero_bytes = 0  # left out because they were zeros
@@ -100,13 +103,23 @@ class LaneReducer:
             self._packet.as_it_is = True
             self._packet.parts.clear()
         if self._reader is not None:
-            out.append(self._reader.pending[max(0, self._sent - self._reader.offset) :])
+            pending = self._tail or self._reader.pending
+            out.append(pending[max(0, self._sent - self._reader.offset) :])
+            if self._tail:  # the reader goes on with what it gave back
+                self._reader.feed(self._tail)
+                self._tail = b""
         self._sent = self._fed
         return [piece for piece in out if len(piece)]
 
+    @property
+    def tail(self) -> bytes:
+        """The beginning of an element that was cut, at most TAIL_MAX bytes: to stand in front of the next piece."""
+        return self._tail
+
     def feed(self, piece: memoryview) -> list[Piece] | None:
-        """QEMU's next bytes. None: send `piece` itself. Otherwise what to send for it, valid until the next `feed`."""
-        self._fed += len(piece)
+        """`tail` and QEMU's next bytes. None: send `piece` itself. Otherwise what to send, valid until the next `feed`."""
+        self._fed += len(piece) - len(self._tail)
+        self._tail = b""
         unread = not self._active and not self._seen.used
         if unread:
             self._seen.passed_unread(self._lane)
@@ -118,6 +131,7 @@ class LaneReducer:
             for event in events:
                 self._reduce(event)
             self._keep_packet()
+            self._keep_tail(self._reader)
             return self._out
         for event in events:
             self._follow(event, unread)
@@ -125,6 +139,10 @@ class LaneReducer:
             self._seen.passed_unread(self._lane)
         self._sent = self._fed
         return [piece] if self._active else None
+
+    def _keep_tail(self, reader: Reader) -> None:
+        if 0 < len(reader.pending) <= TAIL_MAX:
+            self._tail = reader.take_back()
 
     def _read(self, piece: memoryview) -> list[wire.Event]:
         if self._reader is not None:

@@ -58,6 +58,15 @@ class Reader(ABC):
         """The beginning of an element whose rest has not come: fed, and not yet in an event."""
         return bytes(self._pending)
 
+    def take_back(self) -> bytes:
+        """What `pending` has, which the reader forgets: the caller puts it in front of the next piece.
+
+        An element that is cut then lies whole in that piece, and need not be parsed by itself.
+        """
+        pending = bytes(self._pending)
+        self._pending.clear()
+        return pending
+
     def feed(self, data: Buffer) -> list[Event]:
         """The events that `data` completes. Raises WireError; ValueError after `close`."""
         if self._closed:
