@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Final
 
+import numpy as np
+
 from sealane.attest.peer import Expectations, PeerJudge
 from sealane.attest.platformlog import Measured, encode_line, manifest_digest
 from sealane.attest.reference import NO_REFERENCE
@@ -18,8 +20,13 @@ from sealane.crypto.aead import CIPHER_NAME
 from sealane.crypto.identity import Identity, create_identity, public_key, sign
 from sealane.crypto.loading import load_everything
 from sealane.errors import InternalError
-from sealane.seal.keys import Direction, LaneKeys
+from sealane.limits import RECORD_PAYLOAD_MAX
+from sealane.seal.compression import RecordCompressor, RecordDecompressor
+from sealane.seal.digests import PAGE_BYTES, PageDigests
+from sealane.seal.keys import Direction, LaneKeys, derive_digest_key
 from sealane.seal.records import RecordReader, RecordSealer
+from sealane.seal.reduce import LaneReducer
+from sealane.seal.seen import PagesSeen
 from sealane.session.attestation import Subject
 from sealane.session.channel import Attestor, Channel, Event, EvidenceWanted, Role
 
@@ -79,8 +86,23 @@ def rehearse() -> None:
     if not (source.channel.established and destination.channel.established):
         raise InternalError("internal.error", "the rehearsal of a handshake did not come to its end")
     _seal_and_open(source.channel.migration_secret())
+    _reduce(source.channel.migration_secret())
     source.channel.refuse(InternalError("internal.error"))
     source.channel.say_bye()
+
+
+def _reduce(secret: bytes) -> None:
+    """Every kind of work that reducing does on pages: the table with a page that comes twice, digests, zstd both ways."""
+    seen = PagesSeen(1)
+    seen.list_block("ram", 4 * PAGE_BYTES)
+    digests = PageDigests(derive_digest_key(secret))
+    pages = np.zeros((3, PAGE_BYTES), np.uint8)
+    for indexes in ((0, 1, 2), (2, 1, 1)):
+        seen.needed(0, "ram", np.array(indexes, np.uint64) * np.uint64(PAGE_BYTES), digests.of(pages))
+    LaneReducer(seen, 0, derive_digest_key(secret)).feed(pages[0].data)
+    out = memoryview(bytearray(RECORD_PAYLOAD_MAX))
+    length = RecordCompressor(1).compress_into([pages[0].data], out)
+    RecordDecompressor().decompress(out[:length], begins=True)
 
 
 def _seal_and_open(secret: bytes) -> None:
