@@ -11,7 +11,8 @@ import pytest
 from sealane.cli.output import Output, Settings
 from sealane.testing import demo
 from sealane.testing.console import ConsoleLog
-from sealane.testing.demo import Interruption, Report, checked_whole, conclude
+from sealane.testing.demo import Interruption, checked_whole
+from sealane.testing.demo_report import Report, conclude
 from sealane.testing.problems import RigError
 from tests.cli.conftest import Run
 
