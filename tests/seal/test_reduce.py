@@ -416,6 +416,23 @@ def test_a_zero_page_is_known_by_its_content() -> None:
     assert out == rig.part() + rig.EOS + rig.FOOTER
 
 
+def test_a_lane_that_follows_no_more_sends_everything_and_so_do_the_others() -> None:
+    seen = PagesSeen(2)
+    seen.list_block("a", 8 * rig.PAGE)
+    lanes = [LaneReducer(seen, number, KEY) for number in range(2)]
+    lanes[0].activate()
+    fed(lanes[0], rig.HELLO)
+    assert fed(lanes[0], PACKET) == PACKET
+    lanes[1].give_up()
+    assert fed(lanes[0], PACKET) == PACKET
+    for activate in (False, True):
+        if activate:
+            lanes[1].activate()
+        assert (lanes[1].feed(memoryview(PACKET)) is None) == (not activate)
+        assert fed(lanes[1], PACKET) == PACKET
+    assert lanes[1].deactivate() == []
+
+
 # the table alone
 
 

@@ -98,6 +98,7 @@ class MarkedOutbound(Outbound):
         if level is None:
             self._stop_reducing()
         elif not self._reducer.active:
+            self._has_reduced = True
             self._reducer.activate()
 
     def _stop_reducing(self) -> None:

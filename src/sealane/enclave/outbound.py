@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from sealane.limits import MIB
 from sealane.seal.compression import INPUT_MAX, RecordCompressor
 from sealane.seal.effort import INTERVAL_S, Effort, Interval
 from sealane.seal.records import Coding, RecordSealer
@@ -21,6 +22,11 @@ from sealane.seal.reduce import TAIL_MAX, LaneReducer, Piece
 # struct tcp_info (linux/tcp.h): tcpi_rwnd_limited, microseconds; kernels before 4.10 do not have it
 _RECEIVER_LIMITED_AT: Final = 176
 _TCP_INFO_BYTES: Final = 256
+
+
+# So much is followed to see whether the line is the bottleneck. To keep in step with pieces of 32 KiB costs 0.2 core-seconds a
+# GB; who did not need to reduce by then is on a fast line, and is followed no more. What compresses still can be compressed.
+FOLLOWED_MAX: Final = 64 * MIB
 
 
 @dataclass
@@ -47,6 +53,7 @@ class Outbound:
         self._interval_bytes = self._interval_wire = 0
         self._receiver_limited_s = 0.0
         self._compressed_saved = 0
+        self._has_reduced = False
         self.vm_bytes = 0
         self.wire_bytes = 0
 
@@ -120,12 +127,15 @@ class Outbound:
         self._line_wait_s = self._vm_wait_s = 0.0
         self._interval_bytes = self._interval_wire = 0
         self._apply(self._effort.level)
+        if not self._has_reduced and self.vm_bytes > FOLLOWED_MAX:
+            self._reducer.give_up()
 
     def _apply(self, level: int | None) -> None:
         if level is None:
             self._stop_reducing()
         elif self._compressor is None or self._compressor.level != level:
             self._compressor = RecordCompressor(level)
+            self._has_reduced = True
             if not self._reducer.active:
                 self._reducer.activate()
 

@@ -72,6 +72,7 @@ class LaneReducer:
         self._sent = 0  # of these, so many went out as they were
         self._active = False
         self._tail = b""
+        self._gave_up = False
         self._out: list[Piece] = []
         self.same_bytes = 0  # left out because the destination has them
         self.zero_bytes = 0  # left out because they were zeros
@@ -85,6 +86,12 @@ class LaneReducer:
     def follows(self) -> bool:
         """Whether this is a stream that can be read: to be active is of use."""
         return self._reader is not None and (self._reader.error is None)
+
+    def give_up(self) -> None:
+        """Follow no more: nothing is left out from now on, by no lane. Bytes still come out of `feed` while it is active."""
+        if not self._active:
+            self._gave_up, self._reader = True, None
+            self._seen.stop()
 
     def activate(self) -> None:
         """From the next `feed` on, bytes come out of it."""
@@ -118,6 +125,8 @@ class LaneReducer:
 
     def feed(self, piece: memoryview) -> list[Piece] | None:
         """`tail` and QEMU's next bytes. None: send `piece` itself. Otherwise what to send, valid until the next `feed`."""
+        if self._gave_up:
+            return [piece] if self._active else None
         self._fed += len(piece) - len(self._tail)
         self._tail = b""
         unread = not self._active and not self._seen.used
