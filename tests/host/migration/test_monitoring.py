@@ -1,5 +1,6 @@
 """The agent's share: it opens only what QEMU has where it says, asks and never waits, and stays away from `sealed`."""
 
+import asyncio
 import ctypes
 import mmap
 import os
@@ -119,6 +120,24 @@ async def test_it_asks_at_the_start_at_each_iteration_and_at_the_switch_over(add
         (4, True),
     ]
     assert monitoring.last == answer(2)
+
+
+async def test_the_copy_waits_for_the_first_look_and_not_for_ever(
+    address: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enclave = Enclave()
+    monitoring = GuestMonitoring("hrt", structlog.get_logger())
+    await monitoring.first_look()  # nothing was asked for
+    await monitoring.start(Qemu(address), enclave)  # type: ignore[arg-type]
+    waiting = asyncio.create_task(monitoring.first_look())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    enclave.on_pages_classified(answer(1))
+    await waiting
+    late = GuestMonitoring("hrt", structlog.get_logger())
+    await late.start(Qemu(address), Enclave())  # type: ignore[arg-type]
+    monkeypatch.setattr("sealane.host.migration.monitoring.FIRST_LOOK_TIMEOUT_S", 0.0)
+    await late.first_look()
 
 
 async def test_under_sealed_nothing_is_asked_and_nothing_opened() -> None:

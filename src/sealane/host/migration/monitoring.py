@@ -1,10 +1,11 @@
 """The agent's share in telling pages apart: it opens the guest's memory, hands it to the enclave, and says when to look.
 
-The agent opens, and never reads: what stands in the pages is seen by the enclave alone. Nothing here delays a
-migration: a refresh is asked for and not waited for, and a VM whose memory cannot be understood migrates all the same,
-every page then counting as the user's (`sealane.enclave.monitor`).
+The agent opens, and never reads: what stands in the pages is seen by the enclave alone. The copy begins after the first look,
+or without it after FIRST_LOOK_TIMEOUT_S; the VM runs meanwhile, and no later look is waited for. A VM whose memory cannot be
+understood migrates all the same, every page then counting as the user's (`sealane.enclave.monitor`).
 """
 
+import asyncio
 import io
 import os
 from pathlib import Path
@@ -18,6 +19,7 @@ from sealane.guest import CpuState, RamLayout
 from sealane.host.migration.enclave_process import EnclaveProcess
 from sealane.hypervisor.guest_memory import cpu_states, describe_guest_memory
 from sealane.hypervisor.qmp import QmpMachine
+from sealane.limits import FIRST_LOOK_TIMEOUT_S
 
 NO_CLASSES_NEEDED: Final = "sealed"
 # What an ecall holds with room to spare. One CPU leads to the kernel's half as well as any other.
@@ -77,6 +79,7 @@ class GuestMonitoring:
         self._enclave: EnclaveProcess | None = None
         self._asked = self._answered = 0
         self._iteration = -1
+        self._looked_once = asyncio.Event()
         self._is_over = False
         self.last: PagesClassified | None = None
         """What the last refresh that succeeded has found."""
@@ -95,6 +98,15 @@ class GuestMonitoring:
             return
         self._qemu, self._enclave = qemu, enclave
         await self._ask()
+
+    async def first_look(self) -> None:
+        """Return when the first look has ended, well or not, or has taken FIRST_LOOK_TIMEOUT_S; at once where none was asked for."""
+        if self._asked == 0:
+            return
+        try:
+            await asyncio.wait_for(self._looked_once.wait(), FIRST_LOOK_TIMEOUT_S)
+        except TimeoutError:
+            self._log.info("the copy begins before the guest's pages are told apart", waited_s=FIRST_LOOK_TIMEOUT_S)
 
     async def iteration(self, number: int) -> None:
         """QEMU is at this pass over dirty pages: look again, where that is new and the last look has ended."""
@@ -119,6 +131,7 @@ class GuestMonitoring:
 
     def _on_answer(self, answer: PagesClassified | GuestUnknown) -> None:
         self._answered = max(self._answered, answer.number)
+        self._looked_once.set()
         if isinstance(answer, PagesClassified):
             self.last = answer
             counts = {"user": answer.user, "kernel": answer.kernel, "free": answer.free, "other": answer.other}

@@ -139,6 +139,7 @@ class SourceMigration(Job):
         )
         path = directory / "out.sock"
         await self._open_lanes(enclave, path, 1 + prepared.multifd_channels)
+        await self._monitoring.first_look()
         self._step(Input.PREPARED, detail="the VM's memory goes over", multifd_channels=prepared.multifd_channels)
         self._times.copy_started = time.monotonic()
         await self._watch(qemu.migrate(f"unix:{path}"))

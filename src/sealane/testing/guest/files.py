@@ -33,7 +33,7 @@ class Files:
 
 def initrd_with_files(files: Files) -> Path:
     """The guest's initramfs followed by an archive of files, built where either has changed; removed when long unused."""
-    chosen = _choose(files)
+    chosen = chosen_files(files)
     known = [f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in chosen]
     key = sha256("\0".join([str(guest_initrd()), *known]).encode()).hexdigest()[:20]
     forget_unused("files-", days=14)
@@ -43,7 +43,8 @@ def initrd_with_files(files: Files) -> Path:
 
 
 @cache
-def _choose(files: Files) -> tuple[Path, ...]:
+def chosen_files(files: Files) -> tuple[Path, ...]:
+    """The files of this machine that the guest has: programs, then text. RigError where there are too few."""
     programs = _take(_PROGRAMS, files.programs_mib * _MIB, is_program=True)
     return (*programs, *_take(_TEXTS, files.text_mib * _MIB, is_program=False))
 
