@@ -100,7 +100,7 @@ class GuestMonitoring:
         await self._ask()
 
     async def first_look(self) -> None:
-        """Return when the first look has ended, well or not, or has taken FIRST_LOOK_TIMEOUT_S; at once where none was asked for."""
+        """Return when the first look has ended, well or not, or after FIRST_LOOK_TIMEOUT_S; at once where nothing is looked at."""
         if self._asked == 0:
             return
         try:
