@@ -174,6 +174,11 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
             "the peer speaks another protocol version", "bring both hosts to the same Sealane version"
         ),
         "peer.busy": Entry("the peer is at its limit of migrations", "wait for the others to end", True),
+        "peer.rate": Entry(
+            "one peer asks for more migrations a minute than a host lets it",
+            "try again in a minute; `limits.wishes_per_peer_per_minute` at the destination says how many",
+            True,
+        ),
         "pairing.code": Entry(
             "the pairing code is not the one that the other end shows",
             "type it again; after three wrong tries it is void, and `sealane pair` shows a new one",
@@ -319,6 +324,21 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
             "the guest writes faster than the copy goes",
             "raise --max-bandwidth, let QEMU slow the guest down with --on-stall auto-converge, or try at a quieter time",
             True,
+        ),
+        "migration.time-limit": Entry(
+            "the migration took longer than it may",
+            "see why it is slow (`sealane status`); `limits.time_max_s` or --time-limit says how long it may take",
+            True,
+        ),
+        "queue.changed": Entry(
+            "the peer or the VM was changed while the migration waited in the queue",
+            "see `sealane trust list` and `sealane vm list`, then ask for it again",
+        ),
+        "queue.full": Entry(
+            "no more migrations may wait here", "wait for the others to begin, or raise `limits.queue_max`", True
+        ),
+        "evacuation.incomplete": Entry(
+            "not all VMs went", "see the reason of each; what did not go runs on where it ran", True
         ),
         "migration.cancelled": Entry("the migration was cancelled", _HOST_RUNS),
         "policy.denied": Entry(

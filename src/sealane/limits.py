@@ -52,6 +52,16 @@ TRUSTED_PER_CALL: Final = 512
 MIGRATIONS_MAX: Final = 16
 # Those that one peer may have under way towards this host, those that begin included: none takes all places.
 MIGRATIONS_PER_PEER_MAX: Final = 8
+# Migrations to other hosts at once; more than four share one line and the cores without going faster (docs/performance.md).
+OUTGOING_MAX: Final = 4
+# Migrations that wait for their turn: an evacuation of the largest hosts, at some KiB each.
+QUEUE_MAX: Final = 1024
+# A migration that is not at its hand-over after a day holds its place and its VM for nothing.
+MIGRATION_TIME_MAX_S: Final = 86_400.0
+# Each wish costs an enclave and a handshake; an evacuation towards this host asks for no more than its VMs and some repeats.
+WISHES_PER_PEER_PER_MINUTE: Final = 120
+# Each refused wish is an entry in the journal and a receipt, some 6 KiB for ever; beyond it they are counted in the log.
+REFUSALS_PER_PEER_PER_HOUR: Final = 60
 
 # A copy whose bytes stand still for so long is over: longer than a switch-over hook may think, or a route takes to heal.
 STALL_TIMEOUT_S: Final = 60.0

@@ -7,9 +7,12 @@ from typing import cast
 import pytest
 
 from sealane.errors import SealaneError, make_error
-from sealane.host.jobs import PROGRESS_WAITING_MAX, Jobs
+from sealane.host.config import LimitSettings
+from sealane.host.jobs import Jobs
 from sealane.host.models import Event, Migration, Progress
+from sealane.host.queue import Turn
 from sealane.host.store import Store
+from sealane.host.subscription import PROGRESS_WAITING_MAX
 from tests.host.factories import NOW
 from tests.host.factories import migration as a_migration
 from tests.host.stand_ins import StandInJob
@@ -33,7 +36,7 @@ def store(tmp_path: Path) -> Store:
 
 
 async def test_one_at_once_for_a_vm_and_so_many_in_all(store: Store) -> None:
-    jobs = Jobs(store, migrations_max=2)
+    jobs = Jobs(store, limits=LimitSettings(migrations_max=2))
     first = begin(jobs, store)
     assert (first.migration.number, store.unfinished()[0].qmp) == (1, "/q")
     for vm, code in (("web01", "vm.busy"), ("c", None), ("d", "peer.busy")):
@@ -41,7 +44,7 @@ async def test_one_at_once_for_a_vm_and_so_many_in_all(store: Store) -> None:
             begin(jobs, store, vm)
             continue
         with pytest.raises(SealaneError) as raised:
-            begin(jobs, store, vm)
+            begin(jobs, store, vm, role="destination")
         assert raised.value.code == code
     assert [m.number for m in jobs.list(active=True)] == [2, 1]
     first.steps.put_nowait(lambda: first.end(state="completed", runs_at="destination"))
@@ -204,3 +207,72 @@ async def test_stopping_waits_then_cancels(store: Store) -> None:
     assert (quick.migration.state, endless.migration.state) == ("completed", "aborted")
     with pytest.raises(SealaneError, match=r"agent\.stopping"):
         begin(jobs, store, "c")
+
+
+def ask(jobs: Jobs, store: Store, vm: str, **turn: object) -> StandInJob:
+    turn_of = Turn(**turn)  # type: ignore[arg-type]
+    job = jobs.begin(lambda m: StandInJob(store, m), vm=vm, role="source", peer="b", turn=turn_of)
+    return cast(StandInJob, job)
+
+
+async def test_a_queued_migration_says_its_place_and_begins_when_there_is_room(store: Store) -> None:
+    jobs = Jobs(store, limits=LimitSettings(outgoing_max=1))
+    first, second, third = (ask(jobs, store, vm) for vm in ("a", "b", "c"))
+    assert (second.migration.state, third.migration.state) == ("queued", "queued")
+    assert third.migration.queue is not None
+    assert (third.migration.queue.place, third.migration.queue.waiting) == (2, 2)
+    assert "limits.outgoing_max" in third.migration.detail
+    assert store.unfinished()[1].migration.state == "queued"
+    with pytest.raises(SealaneError, match=r"vm\.busy"):
+        ask(jobs, store, "c")
+    jobs.cancel("2")
+    migration = await finished(second)
+    assert (migration.state, migration.runs_at) == ("aborted", "source")
+    assert third.migration.queue.place == 1
+    first.steps.put_nowait(None)
+    await finished(first)
+    third.steps.put_nowait(None)
+    assert (await finished(third)).queue is None
+    assert jobs.queue.waiting_count == 0
+
+
+async def test_what_was_changed_meanwhile_does_not_begin(store: Store) -> None:
+    jobs = Jobs(store, limits=LimitSettings(outgoing_max=1))
+
+    def refuse() -> None:
+        raise make_error("queue.changed")
+
+    first, second = ask(jobs, store, "a"), ask(jobs, store, "b", check_again=refuse)
+    first.cancel()
+    await finished(first)
+    migration = await finished(second)
+    assert (migration.state, migration.problem and migration.problem.code) == ("aborted", "queue.changed")
+
+
+async def test_what_takes_too_long_is_aborted(store: Store) -> None:
+    jobs = Jobs(store)
+    migration = await finished(ask(jobs, store, "a", time_max_s=0.01))
+    assert (migration.state, migration.problem and migration.problem.code) == ("aborted", "migration.time-limit")
+
+
+async def test_stopping_ends_what_waits_at_once(store: Store) -> None:
+    jobs = Jobs(store, limits=LimitSettings(outgoing_max=1))
+    first, second = ask(jobs, store, "a"), ask(jobs, store, "b")
+    stopping = asyncio.create_task(jobs.stop(60.0))
+    migration = await finished(second)
+    assert (migration.state, migration.problem and migration.problem.code) == ("aborted", "agent.stopping")
+    assert first.migration.state == "preparing"
+    first.steps.put_nowait(None)
+    await stopping
+
+
+async def test_a_peer_cannot_fill_the_journal_with_refused_wishes(store: Store) -> None:
+    now = [0.0]
+    jobs = Jobs(store, limits=LimitSettings(refusals_per_peer_per_hour=3), monotonic=lambda: now[0])
+    for number in range(10):
+        for peer in ("b", "c"):
+            jobs.refuse(make_error("vm.unknown"), vm="x", role="destination", peer=peer, id=f"{peer}{number:031x}")
+    assert len(store.migrations()) == 6
+    now[0] = 1200.0
+    jobs.refuse(make_error("vm.unknown"), vm="x", role="destination", peer="b", id=f"{99:032x}")
+    assert len(store.migrations()) == 7

@@ -25,6 +25,7 @@ from sealane.limits import (
     PENDING_CONNECTIONS_MAX,
     TCP_USER_TIMEOUT_MS,
     UNPROVEN_ENCLAVES_MAX,
+    WISHES_PER_PEER_PER_MINUTE,
 )
 from sealane.session.preface import ConnectionKind, Preface, encode_preface
 from tests.enclave.quoting import quoting_line
@@ -54,7 +55,7 @@ class StandIn:
     context: Any
     migration_id: str
     all: "list[StandIn]"
-    admit: Callable[[str], None]
+    admit: Callable[[str, str], None]
     peer_fingerprint: str | None = None
     awaited: dict[bytes, int] = field(default_factory=dict)
     connection: socket.socket | None = None
@@ -267,16 +268,26 @@ async def test_proven_peers_are_not_pushed_out_by_strangers(port: Port) -> None:
     assert kept.fileno() >= 0
 
 
+async def test_one_peer_does_not_ask_without_end(port: Port) -> None:
+    await port.connect(channel(1))
+    reception = await port.reception(1)
+    for _ in range(WISHES_PER_PEER_PER_MINUTE):
+        reception.admit("SHA256:1", "host-b")
+    with pytest.raises(PeerError, match=r"peer\.rate"):
+        reception.admit("SHA256:1", "host-b")
+    reception.admit("SHA256:2", "host-c")
+
+
 async def test_one_peer_does_not_take_all_places(port: Port) -> None:
     for number in range(MIGRATIONS_PER_PEER_MAX + 1):
         await port.connect(channel(number))
         reception = await port.reception(number)
         if number < MIGRATIONS_PER_PEER_MAX:
-            reception.admit("SHA256:1")
+            reception.admit("SHA256:1", "host-b")
             reception.peer_fingerprint = "SHA256:1"
     with pytest.raises(PeerError, match=r"peer\.busy"):
-        reception.admit("SHA256:1")
-    reception.admit("SHA256:2")
+        reception.admit("SHA256:1", "host-b")
+    reception.admit("SHA256:2", "host-c")
 
 
 # ---- routes

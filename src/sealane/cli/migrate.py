@@ -88,6 +88,26 @@ def migrate(  # noqa: PLR0913 - one parameter for each option
             help=f"How far auto-converge may slow the guest down [default: {THROTTLE_MAX_PERCENT}].",
         ),
     ] = None,
+    priority: Annotated[
+        int | None,
+        typer.Option(
+            "--priority",
+            metavar="N",
+            min=-100,
+            max=100,
+            help="Where it must wait for others: the higher the sooner [default: the VM's in agent.toml, or 0].",
+        ),
+    ] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            "--time-limit",
+            metavar="S",
+            min=1,
+            max=604_800,
+            help="Seconds it may take, the queue left out; then it ends.",
+        ),
+    ] = None,
     no_reduce: Annotated[
         bool,
         typer.Option("--no-reduce", help="Send every byte as it is, also over a line that is slower than this host."),
@@ -136,6 +156,8 @@ def migrate(  # noqa: PLR0913 - one parameter for each option
             reduce=not no_reduce,
             protection=cast(Protection, protection),  # the model judges it
             i_know_this_is_weak=i_know_this_is_weak,
+            priority=priority,
+            time_limit_s=time_limit,
         )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]

@@ -166,6 +166,7 @@ def stage_line(migration: Migration) -> str:
     if migration.state == "copying":
         return labelled(label, "   ".join(progress_parts(migration)) or migration.detail or "begins")
     default = {
+        "queued": "others go first",
         "preparing": f"{migration.peer} is asked whether {migration.vm} may come",
         "switching-over": f"{migration.vm} is paused; the rest is copied",
         "handing-over": f"{migration.peer} takes over",

@@ -6,6 +6,7 @@ from sealane.host.models import Migration, NotSent, Problem
 ENDED = frozenset({"completed", "aborted"})
 
 STAGES = {
+    "queued": "queue",
     "preparing": "prepare",
     "copying": "copy",
     "switching-over": "switch",
@@ -82,6 +83,8 @@ def outcome(migration: Migration) -> str:
         return reason(migration.problem)
     done = copied(migration)
     share = "" if done is None or migration.state != "copying" else f" {done} %"
+    if migration.queue is not None:
+        share = f", {migration.queue.place} of {migration.queue.waiting}"
     return f"{migration.state}{share}"
 
 

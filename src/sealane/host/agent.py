@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import fcntl
 import io
+import math
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ from sealane.host.api import create_app
 from sealane.host.callers import CallerProtocol, caller_called
 from sealane.host.config import VMS_FILE, Settings
 from sealane.host.jobs import Job, Jobs
+from sealane.host.limits import least_rate
 from sealane.host.listener import PeerListener
 from sealane.host.logs import configure_logs
 from sealane.host.migration.dialling import remove_socket_directories
@@ -44,6 +46,7 @@ from sealane.host.pages import inspect_pages
 from sealane.host.pairing import PairingDesk
 from sealane.host.peers import Peers
 from sealane.host.policy import UNKNOWN_CALLER, Caller, Move, load_policy
+from sealane.host.queue import Turn
 from sealane.host.quoting import QuotingService
 from sealane.host.receipts.chain import Receipts
 from sealane.host.recovery import Recovery
@@ -93,7 +96,7 @@ class Agent:
         self.identity = load_identity(paths)
         self.store = Store(paths.database)
         self.receipts = Receipts(paths.state, self.store, self.identity, self.identity.name)
-        self.jobs = Jobs(self.store, migrations_max=settings.limits.migrations_max, issue=self.receipts.issue)
+        self.jobs = Jobs(self.store, limits=settings.limits, issue=self.receipts.issue)
         self.peers = Peers(self.store)
         self.registry = Registry(self.store, paths.config / VMS_FILE, self.jobs)
         self.pairing = PairingDesk(self)
@@ -131,8 +134,10 @@ class Agent:
             return await inspect_pages(self, name, with_classes=with_classes)
 
     async def begin_migration(self, request: MigrationRequest, caller: Caller = UNKNOWN_CALLER) -> Migration:
-        """Begin to move a VM away. Raises `vm.unknown`, `trust.unknown`, `trust.no-address`, `protection.weak`,
-        `protection.not-allowed`, and what `Jobs.begin` does.
+        """Begin to move a VM away, or have it wait for its turn.
+
+        Raises `vm.unknown`, `trust.unknown`, `trust.no-address`, `protection.weak`, `protection.not-allowed`, and what
+        `Jobs.begin` does.
         """
         vm = self.registry.get(request.vm)
         peer = self.peers.get(request.host)
@@ -143,6 +148,14 @@ class Agent:
             is_known_weak=request.i_know_this_is_weak,
             allowed=self.settings.allowed_protections,
         )
+        limits = self.settings.limits
+        rate = least_rate(request.max_bandwidth_bytes_per_s, limits.rate_for(vm.name, peer.name))
+        request = request.model_copy(update={"max_bandwidth_bytes_per_s": rate})
+
+        def check_again() -> None:
+            if self.peers.get(peer.name) != peer or self.registry.get(vm.name) != vm:
+                raise make_error("queue.changed", f"{peer.name} or {vm.name} was changed while the migration waited")
+
         job = self.jobs.begin(
             lambda migration: self._make_source(self, request, vm, peer, migration),
             vm=vm.name,
@@ -151,6 +164,13 @@ class Agent:
             qmp=vm.qmp,
             requested_by=caller.name,
             protection=request.protection,
+            turn=Turn(
+                priority=limits.priority_of(vm.name) if request.priority is None else request.priority,
+                group=request.group,
+                group_max=request.group_max,
+                time_max_s=request.time_limit_s or math.inf,
+                check_again=check_again,
+            ),
         )
         return job.migration
 

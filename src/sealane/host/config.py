@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 
 from sealane import limits
 from sealane.errors import make_error
+from sealane.host.limits import PeerLimits, VmLimits, least_rate
 from sealane.host.models import Model, Name, Protection, VmDefinition
 
 AGENT_FILE: Final = "agent.toml"
@@ -38,6 +39,35 @@ class LimitSettings(Model):
     migrations_per_peer_max: Annotated[
         int, Field(ge=1, le=256, description="Migrations in progress that come from one peer.")
     ] = limits.MIGRATIONS_PER_PEER_MAX
+    outgoing_max: Annotated[
+        int, Field(ge=1, le=256, description="Migrations in progress to other hosts; the others wait in the queue.")
+    ] = limits.OUTGOING_MAX
+    outgoing_per_peer_max: Annotated[
+        int, Field(ge=1, le=256, description="Migrations in progress to one peer; the others wait in the queue.")
+    ] = limits.OUTGOING_MAX
+    queue_max: Annotated[int, Field(ge=0, le=65536, description="Migrations that may wait in the queue.")] = (
+        limits.QUEUE_MAX
+    )
+    rate_max_bytes_per_s: Annotated[
+        int, Field(ge=0, description="Rate of one migration to another host, in bytes a second; 0 is no bound.")
+    ] = 0
+    time_max_s: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=604_800,
+            description="How long a migration may take before the hand-over, in or out, without the queue; then it is aborted.",
+        ),
+    ] = limits.MIGRATION_TIME_MAX_S
+    wishes_per_peer_per_minute: Annotated[
+        int, Field(ge=1, le=100_000, description="Migrations that one peer may ask this host for in a minute.")
+    ] = limits.WISHES_PER_PEER_PER_MINUTE
+    refusals_per_peer_per_hour: Annotated[
+        int,
+        Field(
+            ge=1, le=100_000, description="Refused wishes of one peer that are journalled, with a receipt, in an hour."
+        ),
+    ] = limits.REFUSALS_PER_PEER_PER_HOUR
     stall_timeout_s: Annotated[
         float, Field(gt=0, le=3600, description="How long no byte may cross the lanes before a copy is given up.")
     ] = limits.STALL_TIMEOUT_S
@@ -58,6 +88,41 @@ class LimitSettings(Model):
     launch_timeout_s: Annotated[
         float, Field(gt=0, le=3600, description="How long a launched QEMU may take to answer for the first time.")
     ] = limits.LAUNCH_TIMEOUT_S
+    peers: Annotated[
+        dict[Name, PeerLimits], Field(description="Other limits for single peers: `[limits.peers.NAME]`, see below.")
+    ] = Field(default_factory=dict)
+    vms: Annotated[
+        dict[Name, VmLimits], Field(description="Other limits for single VMs: `[limits.vms.NAME]`, see below.")
+    ] = Field(default_factory=dict)
+
+    def outgoing_to(self, peer: str) -> tuple[int, str]:
+        """How many migrations may be in progress to this peer, and the key that says so."""
+        own = self.peers.get(peer, PeerLimits()).outgoing_max
+        if own is not None:
+            return own, f"limits.peers.{peer}.outgoing_max"
+        return self.outgoing_per_peer_max, "limits.outgoing_per_peer_max"
+
+    def incoming_from(self, peer: str) -> int:
+        """How many migrations may be in progress from this peer."""
+        return self.peers.get(peer, PeerLimits()).incoming_max or self.migrations_per_peer_max
+
+    def rate_for(self, vm: str, peer: str) -> int:
+        """The rate of one migration of this VM to this peer, in bytes a second; 0 is no bound."""
+        of_peer, of_vm = self.peers.get(peer, PeerLimits()), self.vms.get(vm, VmLimits())
+        return least_rate(
+            *(
+                self.rate_max_bytes_per_s if own is None else own
+                for own in (of_peer.rate_max_bytes_per_s, of_vm.rate_max_bytes_per_s)
+            )
+        )
+
+    def priority_of(self, vm: str) -> int:
+        """Where this VM stands in the queue, unless the request says otherwise."""
+        return self.vms.get(vm, VmLimits()).priority
+
+    def time_for(self, vm: str) -> float:
+        """How long a migration of this VM may take, in seconds."""
+        return self.vms.get(vm, VmLimits()).time_max_s or self.time_max_s
 
 
 class AttestationSettings(Model):
@@ -156,10 +221,17 @@ class _VmsFile(Model):
 
 def documented_keys() -> Iterator[tuple[str, str, str]]:
     """Each key of `agent.toml` with its default and its description, as (key, default, description)."""
-    for prefix, model in (("", Settings), ("limits.", LimitSettings), ("attestation.", AttestationSettings)):
+    models: Sequence[tuple[str, type[Model]]] = (
+        ("", Settings),
+        ("limits.", LimitSettings),
+        ("limits.peers.NAME.", PeerLimits),
+        ("limits.vms.NAME.", VmLimits),
+        ("attestation.", AttestationSettings),
+    )
+    for prefix, model in models:
         for name, field in model.model_fields.items():
             if name not in {"limits", "attestation"}:
-                default = str(field.default)
+                default = "the host's" if field.default is None else str(field.default)
                 if field.default_factory:
                     default = "the host's name" if name == "name" else str(field.get_default(call_default_factory=True))
                 if isinstance(field.default, tuple):

@@ -7,31 +7,33 @@ and never the end. What a job journals is on the disk before anybody is told.
 import asyncio
 import contextlib
 import secrets
+import time
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol
 
 import structlog
 
 from sealane.errors import ControlError, PeerError, SealaneError, make_error
-from sealane.host.models import Event, Migration, Protection, Role, RunsAt
+from sealane.host.config import LimitSettings
+from sealane.host.limits import TokenBuckets
+from sealane.host.models import Event, Migration, Protection, QueuePlace, Role, RunsAt
 from sealane.host.problems import problem_of
+from sealane.host.queue import Queue, Turn, Wish
 from sealane.host.store import JournalEntry, Store, utc_now
+from sealane.host.subscription import Subscription
 from sealane.hypervisor.driver import VmDescription
 from sealane.hypervisor.launch import LaunchedMachine
-from sealane.limits import MIGRATIONS_MAX
 from sealane.seal.protect import readable_words
 from sealane.session.handover import ENDED, Handover, Input, State
 from sealane.session.handover import Role as HandoverRole
 
+_NOW: Final = Turn()
 Clock = Callable[[], datetime]
 # Writes the receipt of a migration that rests, and gives the snapshot with its number.
 Issue = Callable[[Migration], Migration]
-# Progress events that wait for a slow subscriber; older ones are dropped first.
-PROGRESS_WAITING_MAX: Final = 16
 # States of a source whose VM may be elsewhere; it can no longer be cancelled.
 BEYOND_CANCEL: Final = frozenset({State.HANDING_OVER, State.IN_DOUBT})
 
@@ -48,41 +50,42 @@ def runs_at_after(role: Role, state: State) -> RunsAt:
 
 
 def state_after_failure(migration: Migration) -> State:
-    """Where a failure at this moment leads, by the hand-over's table."""
+    """Where a failure at this moment leads, by the hand-over's table; what waited has not entered it."""
+    if migration.state == "queued":
+        return State.ABORTED
     return Handover(HandoverRole(migration.role), State(migration.state)).step(Input.FAILED)
+
+
+def words_of(place: QueuePlace) -> str:
+    """Where a migration stands in the queue, and why, as a sentence."""
+    return f"place {place.place} of {place.waiting} in the queue: this host is at {place.why}"
 
 
 _log = structlog.get_logger()
 
 
-class Subscription:
-    """One reader of a job's events: `async for event in subscription`. The last one has type "end"."""
+class Observer(Protocol):
+    """Who is told of migrations as they go: the metrics."""
 
-    def __init__(self) -> None:
-        self._waiting: deque[Event] = deque()
-        self._arrived = asyncio.Event()
-        self._ended = False
+    def begun(self, migration: Migration) -> None:
+        """It is in progress now, after `waited_s` in the queue."""
 
-    def push(self, event: Event) -> None:
-        """Add an event; never blocks. Past the bound the oldest progress goes."""
-        self._waiting.append(event)
-        progress = [waiting for waiting in self._waiting if waiting.type == "progress"]
-        if len(progress) > PROGRESS_WAITING_MAX:
-            self._waiting.remove(progress[0])
-        self._arrived.set()
+    def ended(self, migration: Migration) -> None:
+        """No job runs it any more."""
 
-    def __aiter__(self) -> Self:
-        return self
+    def refused(self, role: Role, code: str, *, journalled: bool) -> None:
+        """A peer's wish was refused before it became a migration."""
 
-    async def __anext__(self) -> Event:
-        if self._ended:
-            raise StopAsyncIteration
-        while not self._waiting:
-            self._arrived.clear()
-            await self._arrived.wait()
-        event = self._waiting.popleft()
-        self._ended = event.type == "end"
-        return event
+
+class _Unobserved:
+    def begun(self, migration: Migration) -> None:
+        pass
+
+    def ended(self, migration: Migration) -> None:
+        pass
+
+    def refused(self, role: Role, code: str, *, journalled: bool) -> None:
+        pass
 
 
 class Job(ABC):
@@ -104,6 +107,10 @@ class Job(ABC):
         self.end_is_journalled = True
         self.issue: Issue = _no_receipt
         self.task: asyncio.Task[None] | None = None
+        self.admitted = asyncio.Event()
+        self.check_again = _NOW.check_again
+        self.time_max_s: float | None = None
+        self.observer: Observer = _Unobserved()
         self._migration = migration
         self._subscriptions: set[Subscription] = set()
 
@@ -179,9 +186,9 @@ class Job(ABC):
         A destination that has journalled the ticket owns the VM, and nobody knows here whether it was resumed: recovery
         resumes it.
         """
-        if State(self._migration.state) in ENDED:
+        if self._migration.state in ENDED:
             return self.end()
-        if (self._migration.role, State(self._migration.state)) == ("destination", State.HANDING_OVER):
+        if (self._migration.role, self._migration.state) == ("destination", State.HANDING_OVER):
             detail = "the VM is this host's; it is resumed as soon as that is possible"
             return self.leave(problem=problem_of(error), detail=detail)
         state = state_after_failure(self._migration)
@@ -193,9 +200,9 @@ class Job(ABC):
 
         Raises `migration.over` after the end, `migration.too-late` once handing over.
         """
-        if self.ended.is_set() or State(self._migration.state) in ENDED:
+        if self.ended.is_set() or self._migration.state in ENDED:
             raise make_error("migration.over", f"migration {self._migration.number} is {self._migration.state}")
-        if State(self._migration.state) in BEYOND_CANCEL:
+        if self._migration.state in BEYOND_CANCEL:
             raise make_error("migration.too-late")
         self.cancelled, self.cancel_code = True, code
         if self.task:
@@ -232,8 +239,13 @@ class Job(ABC):
             subscription.push(event)
 
     async def supervise(self) -> None:
-        """Run, and see to it that there is an end whatever happens."""
+        """Wait for the job's turn, run, and see to it that there is an end whatever happens."""
+        structlog.contextvars.bind_contextvars(migration=self.id[:8])
+        overdue: asyncio.TimerHandle | None = None
         try:
+            await self._wait_for_turn()
+            if self.time_max_s is not None:
+                overdue = asyncio.get_running_loop().call_later(self.time_max_s, self._end_overdue)
             await self.run()
             self.end()
         except asyncio.CancelledError:
@@ -244,9 +256,27 @@ class Job(ABC):
             self.log.exception("unexpected error")
             self.fail(error)
         finally:
+            if overdue is not None:
+                overdue.cancel()
             migration = self._migration
             code = migration.problem.code if migration.problem else None
             self.log.info("migration ended", state=migration.state, runs_at=migration.runs_at, code=code)
+
+    async def _wait_for_turn(self) -> None:
+        """What waited is looked at again when its turn comes: the peer may not be trusted any more."""
+        since = time.monotonic()
+        if self._migration.state == "queued":
+            await self.admitted.wait()
+            self.check_again()
+            waited_s = round(time.monotonic() - since, 3)
+            self.log.info("a migration's turn has come", peer=self._migration.peer, waited_s=waited_s)
+            self.journal(state="preparing", queue=None, detail="", waited_s=waited_s)
+        self.observer.begun(self._migration)
+
+    def _end_overdue(self) -> None:
+        self.log.warning("a migration takes too long", time_max_s=self.time_max_s)
+        with contextlib.suppress(ControlError):  # one that is handing over must come to its end
+            self.cancel("migration.time-limit")
 
 
 class Jobs:
@@ -256,21 +286,27 @@ class Jobs:
         self,
         store: Store,
         *,
-        migrations_max: int = MIGRATIONS_MAX,
+        limits: LimitSettings | None = None,
         clock: Clock = utc_now,
         issue: Issue = _no_receipt,
+        observer: Observer | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._limits = limits or LimitSettings()
+        self.queue = Queue(self._limits, self._admit)
+        self._refusals = TokenBuckets(self._limits.refusals_per_peer_per_hour, 3600.0, clock=monotonic)
+        self._refusals_dropped: dict[str, int] = {}
+        self._observer: Observer = observer or _Unobserved()
         self._store = store
         self._issue = issue
         self._clock = clock
-        self._migrations_max = migrations_max
         self._live: dict[str, Job] = {}
         self._left_over: dict[str, Migration] = {}
         self._awaiting_recovery: dict[str, asyncio.Event] = {}
         self._unwritten: dict[str, Migration] = {}  # ends that the journal did not take
         self._stopping = False
 
-    def begin(
+    def begin(  # noqa: PLR0913 - one keyword for each fact
         self,
         make_job: Callable[[Migration], Job],
         *,
@@ -281,12 +317,17 @@ class Jobs:
         qmp: str | None = None,
         requested_by: str | None = None,
         protection: Protection = "sealed",
+        turn: Turn = _NOW,
     ) -> Job:
-        """Number a migration, journal it, and run the job that `make_job` builds for it.
+        """Number a migration, journal it, and run the job that `make_job` builds for it, now or when its turn comes.
 
-        Raises `vm.busy`, `peer.busy` (this host's limit), `agent.stopping`, and the store's errors.
+        Raises `vm.busy`, `peer.busy` (one that comes, at this host's limit), `queue.full`, `agent.stopping`, and the store's
+        errors.
         """
-        self._check_room(vm)
+        if self._stopping:
+            raise make_error("agent.stopping")
+        if busy := self.active_for(vm):
+            raise make_error("vm.busy", f"{vm} is in migration {busy.number} ({busy.state})")
         self._write_ends()
         migration = Migration(
             id=id or secrets.token_hex(16),
@@ -295,6 +336,8 @@ class Jobs:
             role=role,
             peer=peer,
             state="preparing",
+            priority=turn.priority,
+            group=turn.group,
             runs_at="source",
             started_at=self._clock(),
             requested_by=requested_by,
@@ -303,16 +346,45 @@ class Jobs:
         )
         if id is not None and self._store.find(id):
             raise PeerError("peer.message", "that migration id was used before")
-        job = make_job(migration)
-        job.issue = self._issue
-        self._store.journal(migration, qmp=qmp)
+        if not self.queue.enter(Wish(migration.id, migration.number, role, peer, turn)):
+            place = self.queue.places()[migration.id]
+            migration = migration.model_copy(update={"state": "queued", "queue": place, "detail": words_of(place)})
+        try:
+            job = make_job(migration)
+            job.issue, job.observer, job.check_again = self._issue, self._observer, turn.check_again
+            job.time_max_s = min(self._limits.time_for(vm), turn.time_max_s)
+            self._store.journal(migration, qmp=qmp)
+        except BaseException:
+            self.queue.leave(migration.id)
+            raise
         self._live[migration.id] = job
         job.task = asyncio.create_task(job.supervise(), name=f"migration {migration.number}")
         job.task.add_done_callback(lambda _task: self._forget(job))
+        self._tell_places()
         return job
 
+    def _admit(self, migration_id: str) -> None:
+        self._live[migration_id].admitted.set()
+
+    def _tell_places(self) -> None:
+        """Tell those that wait where they stand, each only where that changed."""
+        for migration_id, place in self.queue.places().items():
+            job = self._live[migration_id]
+            if job.migration.queue != place:
+                job.update(queue=place, detail=words_of(place))
+
     def refuse(self, error: SealaneError, *, vm: str, role: Role, peer: str, id: str, **details: Any) -> None:
-        """Journal a peer's wish that was refused before it became a job, and write its receipt; never raises."""
+        """Journal a peer's wish that was refused before it became a job, and write its receipt; never raises.
+
+        So many an hour for each peer (`limits.refusals_per_peer_per_hour`): no peer fills the journal. The others are counted.
+        """
+        journalled = self._refusals.take(peer)
+        self._observer.refused(role, error.code, journalled=journalled)
+        if not journalled:
+            self._count_dropped(peer)
+            return
+        if dropped := self._refusals_dropped.pop(peer, 0):
+            _log.warning("refused wishes of a peer were not journalled", peer=peer, count=dropped)
         try:
             if self._store.find(id):
                 return
@@ -335,13 +407,10 @@ class Jobs:
         except SealaneError as failure:
             _log.error("a refusal was not journalled", migration=id[:8], code=failure.code, detail=failure.detail)
 
-    def _check_room(self, vm: str) -> None:
-        if self._stopping:
-            raise make_error("agent.stopping")
-        if busy := self.active_for(vm):
-            raise make_error("vm.busy", f"{vm} is in migration {busy.number} ({busy.state})")
-        if len(self._live) >= self._migrations_max:
-            raise make_error("peer.busy", f"this host is at its limit of {self._migrations_max} migrations")
+    def _count_dropped(self, peer: str) -> None:
+        if peer not in self._refusals_dropped:
+            _log.warning("a peer has wishes refused faster than they are journalled", peer=peer)
+        self._refusals_dropped[peer] = self._refusals_dropped.get(peer, 0) + 1
 
     def _write_ends(self) -> None:
         """Journal what could not be journalled when it happened; raises as the store does."""
@@ -357,8 +426,11 @@ class Jobs:
             job.fail(make_error(job.cancel_code))
         if not job.end_is_journalled:
             self._unwritten[job.id] = job.migration
-        if job.migration.ended_at is None or State(job.migration.state) not in ENDED:
+        if job.migration.ended_at is None or job.migration.state not in ENDED:
             self._left_over[job.id] = job.migration
+        self._observer.ended(job.migration)
+        self.queue.leave(job.id)
+        self._tell_places()
 
     # What is there
 
@@ -428,7 +500,7 @@ class Jobs:
         migration = self.find(reference)
         job = self.job(migration.id)
         if job is None:
-            code = "migration.over" if State(migration.state) in ENDED else "migration.too-late"
+            code = "migration.over" if migration.state in ENDED else "migration.too-late"
             raise ControlError(code, f"migration {migration.number} is {migration.state}")
         job.cancel()
         return job.migration
@@ -458,7 +530,7 @@ class Jobs:
         self._store.journal(migration)
         self._unwritten.pop(migration.id, None)
         migration = self._receipted(migration)
-        if migration.ended_at is not None and State(migration.state) in ENDED:
+        if migration.ended_at is not None and migration.state in ENDED:
             self._left_over.pop(migration.id, None)
         else:
             self._left_over[migration.id] = migration
@@ -476,9 +548,14 @@ class Jobs:
     async def stop(self, grace_s: float) -> None:
         """Take no more migrations, wait `grace_s` for those that run, cancel the rest and wait for their ends.
 
+        Those that wait in the queue are cancelled at once: nothing was done for them yet.
+
         Those that are handing over are waited for another `grace_s`: cancelling cannot help them.
         """
         self._stopping = True
+        for job in self.live:
+            if job.migration.state == "queued":
+                job.cancel("agent.stopping")
         tasks = {job.task for job in self.live if job.task}
         if tasks and grace_s > 0:
             _, tasks = await asyncio.wait(tasks, timeout=grace_s)

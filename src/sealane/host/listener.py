@@ -16,6 +16,7 @@ import structlog
 
 from sealane.errors import HostError, PeerError, SealaneError
 from sealane.host.config import Settings
+from sealane.host.limits import TokenBuckets
 from sealane.host.migration.context import MigrationContext
 from sealane.host.migration.destination import Reception
 from sealane.host.migration.dialling import give_up_when_unanswered, tune
@@ -44,6 +45,7 @@ class PeerListener:
         self._pending: OrderedDict[asyncio.Task[None], None] = OrderedDict()
         self._receptions: dict[bytes, Reception] = {}
         self._beginning: dict[bytes, asyncio.Task[asyncio.Task[None] | None]] = {}  # not jobs yet; the oldest first
+        self._wishes = TokenBuckets(settings.limits.wishes_per_peer_per_minute, 60.0)
 
     @property
     def address(self) -> str | None:
@@ -140,9 +142,16 @@ class PeerListener:
         if len(strangers) > UNPROVEN_ENCLAVES_MAX:
             strangers[0].cancel()
 
-    def _admit(self, fingerprint: str) -> None:
-        """Raise `peer.busy` where this peer has as much under way as one may have: no peer takes all places."""
-        most = self._settings.limits.migrations_per_peer_max
+    def _admit(self, fingerprint: str, name: str) -> None:
+        """Raise `peer.rate` or `peer.busy` where this peer asks too often, or has as much under way as one may have.
+
+        No peer takes all places, and what is refused here is not journalled: no peer fills the disk.
+        """
+        limits = self._settings.limits
+        if not self._wishes.take(fingerprint):
+            words = f"more than {limits.wishes_per_peer_per_minute} migrations were asked for in a minute"
+            raise PeerError("peer.rate", words)
+        most = limits.incoming_from(name)
         if sum(each.peer_fingerprint == fingerprint for each in self._receptions.values()) >= most:
             raise PeerError("peer.busy", f"this host is at its limit of {most} migrations from one peer")
 

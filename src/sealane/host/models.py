@@ -23,7 +23,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 MigrationId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 Role = Literal["source", "destination"]
-State = Literal["preparing", "copying", "switching-over", "handing-over", "completed", "aborted", "in-doubt"]
+State = Literal["queued", "preparing", "copying", "switching-over", "handing-over", "completed", "aborted", "in-doubt"]
 OnStall = Literal["give-up", "auto-converge", "wait"]
 VmState = Literal["running", "paused", "incoming", "absent", "unreachable", "in-doubt"]
 Protection = Literal["sealed", "selective", "hrt", "shift", "affine", "rc4"]
@@ -139,6 +139,10 @@ class MigrationRequest(Model):
     `on_stall`: where the guest writes faster than the copy goes, "give-up" leaves the VM at the source once there was no
     progress for `give_up_after_s`; "auto-converge" lets QEMU slow the guest down, to `throttle_max_percent` at most,
     before that; "wait" never gives up.
+
+    Where a limit is reached the migration waits: the higher `priority` goes first (None: the VM's own). At most `group_max`
+    of those with the same `group` are in progress at once (0: as many as there are). After `time_limit_s` in progress, and
+    the configuration's own limit, it is aborted.
     """
 
     vm: Name
@@ -153,6 +157,10 @@ class MigrationRequest(Model):
     reduce: bool = True
     protection: Protection = "sealed"
     i_know_this_is_weak: bool = False
+    priority: Annotated[int, Field(ge=-100, le=100)] | None = None
+    group: Name | None = None
+    group_max: Annotated[int, Field(ge=0, le=256)] = 0
+    time_limit_s: Annotated[float, Field(gt=0, le=604_800)] | None = None
 
 
 class NotSent(Model):
@@ -284,10 +292,18 @@ class PeerView(Model):
     decision: PolicyDecision | None = None
 
 
+class QueuePlace(Model):
+    """Where a migration that waits stands (1 begins next), how many wait, and what it waits for."""
+
+    place: int
+    waiting: int
+    why: str
+
+
 class Migration(Model):
     """One migration as one host sees it. `receipt` is the number of its receipt here, `peer_receipt` the digest of the
     other end's, `stream_digest` that of all records of all lanes, `readable` what the protection leaves readable to whoever
-    reads the wire."""
+    reads the wire. `queue` is there while it waits, `waited_s` is how long it did."""
 
     id: MigrationId
     number: int
@@ -316,6 +332,10 @@ class Migration(Model):
     stream_digest: Digest | None = None
     peer_receipt: Digest | None = None
     receipt: int | None = None
+    queue: QueuePlace | None = None
+    waited_s: float = 0.0
+    priority: int = 0
+    group: str | None = None
 
 
 class Event(Model):

@@ -3,6 +3,7 @@
 A previous agent left them, or a job of this one that could not do its last step (`Job.leave`).
 
     role         journalled state                        what is done
+    source       queued                                  nothing was done for it: aborted
     source       preparing, copying, switching-over      reclaim: cancel in QEMU, let the VM run again, aborted
     source       aborted, but not ended                  the same: QEMU did not let the VM run again when it was asked
     source       handing-over, in-doubt                  the VM stays paused: in-doubt; one that runs was refused: aborted
@@ -106,6 +107,9 @@ class Recovery:
             return _aborted(entry, "nowhere", "its QEMU is gone")
         return _aborted(entry, "source", f"the VM is {run_state}")
 
+    async def _unqueue(self, entry: JournalEntry) -> Migration:
+        return _aborted(entry, "source", "it waited in the queue; the VM was not touched")
+
     async def _keep_in_doubt(self, entry: JournalEntry) -> Migration:
         """Only the destination's refusal, or a person, makes a released VM run here: then there is no doubt left."""
         with contextlib.suppress(SealaneError):
@@ -170,6 +174,7 @@ def _aborted(entry: JournalEntry, runs_at: RunsAt, detail: str) -> Migration:
 
 
 _ACTIONS: Final[Mapping[tuple[str, str], Callable[[Recovery, JournalEntry], Awaitable[Migration]]]] = {
+    ("source", "queued"): Recovery._unqueue,
     **{("source", state): Recovery._reclaim for state in ("preparing", "copying", "switching-over", "aborted")},
     **{("source", state): Recovery._keep_in_doubt for state in ("handing-over", "in-doubt")},
     ("source", "completed"): Recovery._end_copy,

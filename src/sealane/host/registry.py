@@ -101,7 +101,10 @@ class Registry:
 
     async def _look(self, vm: VmDefinition, source: Source) -> Vm:
         facts = {**vm.model_dump(), "source": source, "epoch": self._store.epoch(vm.name)}
-        if held := self._jobs.active_for(vm.name):
+        held = self._jobs.active_for(vm.name)
+        if held is not None and held.state == "queued":
+            facts["migration"] = held.id  # nothing holds the VM yet
+        elif held is not None:
             job = self._jobs.job_for(vm.name)
             return Vm.model_validate({**facts, **_held(held, job.description if job else None)})
         try:

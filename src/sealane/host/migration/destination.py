@@ -68,9 +68,12 @@ class Reception:
     """One channel from its preface to the VM that the peer names; afterwards it routes lanes to the enclave."""
 
     def __init__(
-        self, context: MigrationContext, migration_id: str, admit: Callable[[str], None] = lambda fingerprint: None
+        self,
+        context: MigrationContext,
+        migration_id: str,
+        admit: Callable[[str, str], None] = lambda fingerprint, name: None,
     ) -> None:
-        """`admit` is given the fingerprint of a peer that proved itself, and raises where it has too much under way."""
+        """`admit` is given the fingerprint and name of a peer that proved itself, and raises where it has too much under way."""
         self._context, self._id = context, migration_id
         self._enclave: EnclaveProcess | None = None
         self._lanes_awaited: dict[bytes, int] = {}  # by token
@@ -95,7 +98,7 @@ class Reception:
             except SealaneError as error:
                 self._note_unproven(error)
                 raise
-            self._admit(met.peer_fingerprint)
+            self._admit(met.peer_fingerprint, met.peer_name)
             self.peer_fingerprint = met.peer_fingerprint
             return await self._asked(enclave, met)
         except BaseException as error:

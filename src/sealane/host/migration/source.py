@@ -106,6 +106,7 @@ class SourceMigration(Job):
 
     async def run(self) -> None:
         """Carry the migration out; ends in completed, aborted or in-doubt whatever happens."""
+        self._times = _Clockwork(time.monotonic())  # its time in the queue is told apart from what it takes
         try:
             with SocketDirectory(self._context.paths.run, self.id) as directory:
                 timeout_s = self._context.settings.limits.qmp_timeout_s
