@@ -125,6 +125,8 @@ _SOFTWARE = "compare the versions on both hosts; if the change is meant, renew t
 
 _STREAM = "compare the QEMU versions of both hosts, and see QEMU's own log at the source"
 
+_TPM_STATE = "the VM runs on at the source; find out what stands between QEMU and its TPM on either host"
+
 _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
     UsageError: {
         "usage.argument": Entry("an argument does not fit", "see `--help` of the command"),
@@ -152,6 +154,12 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         ),
     },
     PeerError: {
+        "vtpm.blob-malformed": Entry("what came in place of a TPM's state is no sealed state", _TPM_STATE),
+        "vtpm.blob-foreign": Entry("the TPM's state that came is another VM's", _TPM_STATE),
+        "vtpm.blob-epoch": Entry("the TPM's state that came is of another epoch", _TPM_STATE),
+        "vtpm.blob-type": Entry("one part of the TPM's state came in the place of another", _TPM_STATE),
+        "vtpm.blob-migration": Entry("the TPM's state that came is of another migration", _TPM_STATE),
+        "vtpm.blob-altered": Entry("the TPM's state was changed on its way", _TPM_STATE),
         "peer.unreachable": Entry(
             "no connection to the peer", "is its agent up, its address right, its port open?", True
         ),
@@ -237,6 +245,11 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         "attest.changed": Entry("what the peer attests changed during the copy", _SOFTWARE),
     },
     HostError: {
+        "vtpm.swtpm": Entry("swtpm did not do what was asked", "see the message, and `sealane doctor`"),
+        "vtpm.root": Entry("the host's TPM did not keep or give a vTPM's key", "see the message, and `sealane doctor`"),
+        "vtpm.keeper": Entry("a vTPM's keeper did not do what was asked", "see its log below the state directory"),
+        "vtpm.record": Entry("what the agent keeps of a vTPM cannot be read or written", "see the message"),
+        "vtpm.control": Entry("QEMU asked its TPM for something unknown", "which QEMU is it? please report it"),
         "quoting.failed": Entry("the quoting process gave no evidence", "see the agent's log"),
         "quoting.slow": Entry("the quoting process did not answer in time", _RETRY, True),
         "quoting.driver": Entry("a root of trust did not do what was asked", "see the message, and `sealane doctor`"),
@@ -377,6 +390,37 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
             "the destination has too little free memory", "free some there, or choose another host"
         ),
         "check.cpus": Entry("the numbers of CPUs differ", "launch the destination with the source's -smp"),
+        "vtpm.none": Entry("this host keeps no TPM for the VM", "add one: `sealane vm add NAME … --vtpm DIR`"),
+        "vtpm.missing": Entry("the VM has no TPM here yet", "make one: `sealane vtpm start VM`"),
+        "vtpm.exists": Entry("the VM has a TPM here already", "see `sealane vtpm status VM`"),
+        "vtpm.adopt": Entry(
+            "the TPM's state lies there in clear", "take it over with `sealane vtpm start VM --adopt`, or move it away"
+        ),
+        "vtpm.busy": Entry("the VM's TPM is running", "see `sealane vtpm status VM`; stop the VM first"),
+        "vtpm.not-running": Entry("the VM's TPM is not running", "start it: `sealane vtpm start VM`"),
+        "vtpm.two-migrations": Entry("the VM's TPM goes to one destination already", "see `sealane status`"),
+        "vtpm.gone": Entry(
+            "the VM's TPM has left this host, and its key was destroyed",
+            "it is where the VM is; `sealane receipts list` says where",
+        ),
+        "vtpm.stale": Entry(
+            "an older copy of the TPM's files was put back",
+            "find out who did it; put the present files back, or give the TPM up",
+        ),
+        "vtpm.old-record": Entry(
+            "the agent's state directory was put back to an older copy: the host's TPM has counted on",
+            "find out who did it; what was sealed then cannot be opened any more",
+        ),
+        "vtpm.foreign": Entry("the files are those of another VM's TPM", "put the VM's own files back"),
+        "vtpm.altered": Entry(
+            "the TPM's files, or the record of them, were changed", "put the files back as they were written"
+        ),
+        "vtpm.key-gone": Entry(
+            "the key of the TPM's files does not exist any more", "restore nothing: it left, or was rotated"
+        ),
+        "check.vtpm": Entry(
+            "one end has a TPM for the VM and the other none", "add the VM with --vtpm on both hosts, or on neither"
+        ),
         "handover.refused": Entry("the destination refused the hand-over", "see the destination's log"),
         "handover.digest": Entry("the two ends saw different streams", _NETWORK),
     },

@@ -156,3 +156,9 @@ GUEST_SEGMENTS_MAX: Final = 65536
 GUEST_CPUS_MAX: Final = 4096
 # One answer of QEMU's human monitor: registers of 4096 CPUs are some 20 MiB, other answers some KiB.
 GUEST_TEXT_MAX: Final = 64 * MIB
+
+# One part of a virtual TPM's state: libtpms keeps 128 KiB of NV memory, and some 10 KiB beside it.
+VTPM_BLOB_MAX: Final = 512 * KIB
+# What a VM's keeper may take: making a TPM needs seconds (two RSA keys), a TPM in the host some hundred ms a key.
+VTPM_START_TIMEOUT_S: Final = 60.0
+VTPM_ANSWER_TIMEOUT_S: Final = 15.0

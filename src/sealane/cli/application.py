@@ -25,6 +25,7 @@ COMMANDS = (
     "pair",
     "trust",
     "vm",
+    "vtpm",
     "migrate",
     "status",
     "cancel",

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Final, TypeVar
+from typing import Final, Literal, TypeVar
 
 import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -25,6 +25,7 @@ from sealane.host.models import (
     Problem,
     Vm,
     VmDefinition,
+    VtpmView,
 )
 from sealane.paths import Paths
 
@@ -161,6 +162,20 @@ class AgentClient:
                 raise AgentGone("agent.unreachable", "the agent went away in mid-migration") from error
         if not ended:
             raise AgentGone("agent.unreachable", "the agent closed the event stream before the migration's end")
+
+    def vtpm(self, name: str) -> VtpmView:
+        """A VM's TPM."""
+        return self._one(VtpmView, "GET", f"/v1/vms/{_segment(name)}/vtpm")
+
+    def start_vtpm(self, name: str, *, adopt: bool = False, anew: bool = False) -> VtpmView:
+        """Start a VM's TPM."""
+        query = {key: "true" for key, wanted in (("adopt", adopt), ("anew", anew)) if wanted}
+        answer = self._ask("POST", f"/v1/vms/{_segment(name)}/vtpm/start", query=query)
+        return VtpmView.model_validate_json(answer.content)
+
+    def change_vtpm(self, name: str, change: Literal["stop", "rotate", "verify"]) -> VtpmView:
+        """End, rotate or verify a VM's TPM."""
+        return self._one(VtpmView, "POST", f"/v1/vms/{_segment(name)}/vtpm/{change}")
 
     def _one(self, model: type[Answer], method: str, path: str, body: BaseModel | None = None) -> Answer:
         answer = self._ask(method, path, body)

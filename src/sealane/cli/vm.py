@@ -56,6 +56,10 @@ def add(
         list[str] | None,
         typer.Option("--label", metavar="KEY=VALUE", help="A word for policies, as tier=web; may be repeated."),
     ] = None,
+    vtpm: Annotated[
+        str | None,
+        typer.Option("--vtpm", metavar="DIR", help="It has a TPM of its own, whose files this host keeps there."),
+    ] = None,
     out: Output,
 ) -> None:
     """Make a VM known to this host's agent.
@@ -77,6 +81,7 @@ def add(
             launch_incoming=launch,
             least_level=least_level,
             labels=_labels(label or []),
+            vtpm=None if vtpm is None else os.path.abspath(vtpm),
         )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -148,6 +153,7 @@ def show(name: NameArgument, *, out: Output) -> None:
         "arrives by": "-" if vm.launch_incoming is None else shlex.join(vm.launch_incoming),
         "known from": {"registered": "sealane vm add", "file": "the configuration"}[vm.source],
         "epoch": str(vm.epoch),
+        "TPM": "-" if vm.vtpm is None else f"its files in {vm.vtpm}; see sealane vtpm status {vm.name}",
         "asks for": f"level {vm.least_level} or more" if vm.least_level else "-",
         "labels": ", ".join(f"{key}={value}" for key, value in vm.labels.items()) or "-",
         "migration": _or_dash(vm.migration),

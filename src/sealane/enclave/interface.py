@@ -22,6 +22,7 @@ else connects the two processes but the descriptors that are handed over. Order:
     enclave  PagesClassified          (or GuestUnknown) what was found; the lanes did not wait for it
     agent    TellClasses + file       the classes are written there
     enclave  ClassesTold
+    agent    AttachVtpm + connection  (a VM with a TPM of its own) a link to the VM's keeper, see `sealane.vtpm.link`
     agent    Finish, or Abort at any time
     enclave  Failed, at any time; the last ocall
 """
@@ -99,6 +100,12 @@ class AttachVm:
     """Destination: the descriptor is a connection to QEMU for this lane."""
 
     lane: int
+
+
+@dataclass(frozen=True)
+class AttachVtpm:
+    """The descriptor is a link to the keeper of the VM's TPM, whose state goes through tpm_state_read and
+    volatile_state_enc (source), volatile_state_dec and tpm_state_write (destination): see `sealane.enclave.vtpm`."""
 
 
 @dataclass(frozen=True)
@@ -281,6 +288,7 @@ Ecall: TypeAlias = (
     | ExpectLanes
     | AcceptLane
     | AttachVm
+    | AttachVtpm
     | SendMessage
     | Abort
     | Finish

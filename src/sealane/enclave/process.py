@@ -27,6 +27,7 @@ from sealane.enclave.interface import (
     Abort,
     AcceptLane,
     AttachVm,
+    AttachVtpm,
     Begin,
     CallSocket,
     ClassifyPages,
@@ -54,6 +55,7 @@ from sealane.enclave.marked import Guard
 from sealane.enclave.monitor import Classified
 from sealane.enclave.quoting import QuotingLine, make_judge_maker
 from sealane.enclave.sandbox import Sandbox
+from sealane.enclave.vtpm import VtpmStates
 from sealane.enclave.watching import GuestWatch, answer_of
 from sealane.errors import InternalError, PeerError, SealaneError, make_error
 from sealane.limits import LANES_MAX, TRUSTED_MAX
@@ -72,6 +74,7 @@ from sealane.session.channel import (
     Role,
 )
 from sealane.session.preface import ConnectionKind, Preface, encode_preface
+from sealane.vtpm.envelope import Journey, StateSealer
 
 GRACE_S: Final = 2.0
 COUNTERS_EVERY_S: Final = 0.25
@@ -105,6 +108,8 @@ class Enclave:
         self._dialled = 0
         self._lanes: dict[int, lanes.Lane] = {}
         self._reduction: lanes.Reduction | None = None
+        self._vtpm: VtpmStates | None = None
+        self._subject = Subject("", 0)
         self._expected = 0
         self._opened: set[int] = set()
         self._closed: set[int] = set()
@@ -198,6 +203,8 @@ class Enclave:
                 self._add_lane(call.lane, sockets[0]).start()
             case AttachVm():
                 self._lanes[call.lane].attach(sockets[0])
+            case AttachVtpm():
+                self._attach_vtpm(sockets[0])
             case Abort():
                 self._end(make_error(call.code, call.detail), by_peer=False, tell_agent=False)
             case WatchGuest() | ClassifyPages() | TellClasses():
@@ -314,7 +321,7 @@ class Enclave:
         attested = event.attested
         verdict = json.dumps(summarise(attested.verdict, attested.evidence))
         who = (event.peer_name, event.peer_fingerprint, event.tls_version, event.group, event.cipher)
-        subject = attested.subject
+        subject = self._subject = attested.subject
         protection = self._need_channel().protection
         self._tell(PeerEstablished(*who, subject.vm, subject.epoch, verdict, protection))
 
@@ -453,6 +460,18 @@ class Enclave:
             sum(one.compressed for one in saved),
         )
 
+    def _attach_vtpm(self, connection: socket.socket) -> None:
+        if self._vtpm is not None:
+            raise InternalError("internal.error", "a second TPM")
+        journey = Journey(self._subject.vm, self._subject.epoch, bytes.fromhex(self._migration))
+        sealer = StateSealer(self._need_channel().migration_secret(), journey, os.urandom)
+        self._vtpm = VtpmStates(connection, sealer, is_source=self._is_source)
+        self._selector.register(connection, selectors.EVENT_READ, self._on_vtpm)
+
+    def _on_vtpm(self) -> None:
+        if self._vtpm is not None and not self._vtpm.serve():
+            self._selector.unregister(self._vtpm.connection)
+
     # ---- the end
 
     def _fail(self, error: SealaneError) -> None:
@@ -482,7 +501,7 @@ class Enclave:
 
     def _close_all(self) -> None:
         self._close_lanes()
-        for end in (self._listener, self._connection, self._quoting):
+        for end in (self._listener, self._connection, self._quoting, self._vtpm):
             if end is not None:
                 end.close()
         self._guest.close()

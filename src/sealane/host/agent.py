@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, AsyncExitStack
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
@@ -40,6 +40,7 @@ from sealane.host.models import (
     PolicyAnswer,
     PolicyQuestion,
     VmDefinition,
+    VtpmView,
 )
 from sealane.host.notify import notify
 from sealane.host.pages import inspect_pages
@@ -52,7 +53,9 @@ from sealane.host.receipts.chain import Receipts
 from sealane.host.recovery import Recovery
 from sealane.host.registry import Registry
 from sealane.host.store import Store
+from sealane.host.vtpm import Vtpms
 from sealane.hypervisor.launch import trim_log
+from sealane.hypervisor.qmp import QmpMachine
 from sealane.limits import QEMU_LOG_INTERVAL_S, RECOVERY_INTERVAL_S
 from sealane.paths import Paths
 from sealane.seal.protect import check_wanted
@@ -99,6 +102,7 @@ class Agent:
         self.jobs = Jobs(self.store, limits=settings.limits, issue=self.receipts.issue)
         self.peers = Peers(self.store)
         self.registry = Registry(self.store, paths.config / VMS_FILE, self.jobs)
+        self.vtpms = Vtpms(paths, settings, self.store, self.registry.get)
         self.pairing = PairingDesk(self)
         self.listener = make_listener(self)
         self.launcher = EnclaveLauncher(sandbox=settings.sandbox, user=settings.enclave_user)
@@ -210,6 +214,37 @@ class Agent:
             )
         return found
 
+    async def start_vtpm(self, name: str, *, adopt: bool, anew: bool) -> VtpmView:
+        """Start a VM's TPM; raises `vm.busy` during a migration, and what `Vtpms.start` does."""
+        self._check_idle(name)
+        return await self.vtpms.start(name, adopt=adopt, anew=anew)
+
+    async def stop_vtpm(self, name: str) -> VtpmView:
+        """End a VM's TPM; raises `vm.busy`."""
+        self._check_idle(name)
+        return await self.vtpms.stop(name)
+
+    async def rotate_vtpm(self, name: str) -> VtpmView:
+        """Put a VM's TPM under a new key, the VM paused for a moment where it runs; raises `vm.busy`."""
+        self._check_idle(name)
+        return await self.vtpms.rotate(name, self._paused)
+
+    def _check_idle(self, name: str) -> None:
+        if busy := self.jobs.active_for(name):
+            raise make_error("vm.busy", f"{name} is in migration {busy.number} ({busy.state})")
+
+    @contextlib.asynccontextmanager
+    async def _paused(self, vm: VmDefinition) -> AsyncIterator[None]:
+        async with QmpMachine.connect(vm.qmp, self.settings.limits.qmp_timeout_s) as qemu:
+            was_running = await qemu.run_state() == "running"
+            if was_running:
+                await qemu.stop()
+            try:
+                yield
+            finally:
+                if was_running:
+                    await qemu.resume()
+
     # Life
 
     def stop(self) -> None:
@@ -273,6 +308,7 @@ class Agent:
             try:
                 if not recovery.is_done:
                     await recovery.recover()
+                await self.vtpms.settle_all()
             except Exception:  # the next attempt may do better, and nothing else would make it
                 self.log.exception("recovery failed")
             await asyncio.sleep(RECOVERY_INTERVAL_S)

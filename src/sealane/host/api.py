@@ -29,12 +29,14 @@ from sealane.host.models import (
     Problem,
     Vm,
     VmDefinition,
+    VtpmView,
 )
 from sealane.host.pairing import PairingDesk
 from sealane.host.peers import Peers
 from sealane.host.policy import UNKNOWN_CALLER, Caller
 from sealane.host.problems import MEDIA_TYPE, problem_of
 from sealane.host.registry import Registry
+from sealane.host.vtpm import Vtpms
 from sealane.limits import DEFAULT_PORT
 
 NDJSON: Final = "application/x-ndjson"
@@ -46,6 +48,7 @@ Every error is an `application/problem+json` (RFC 9457) with Sealane's `code` an
 _TAGS: Final = [
     {"name": "host", "description": "Who this agent is."},
     {"name": "vms", "description": "The VMs of this host and their states."},
+    {"name": "vtpms", "description": "The VMs' own TPMs."},
     {"name": "peers", "description": "The hosts whose certificates are trusted."},
     {"name": "pairing", "description": "Trust between two hosts by a short code."},
     {"name": "policy", "description": "What the policy would say, and what is known of the hosts."},
@@ -60,6 +63,7 @@ class ApiAgent(Protocol):
     peers: Peers
     jobs: Jobs
     pairing: PairingDesk
+    vtpms: Vtpms
 
     def describe(self) -> Host:
         """Who this agent is."""
@@ -69,6 +73,15 @@ class ApiAgent(Protocol):
 
     async def begin_migration(self, request: MigrationRequest, caller: Caller = UNKNOWN_CALLER) -> Migration:
         """Begin to move a VM away."""
+
+    async def start_vtpm(self, name: str, *, adopt: bool, anew: bool) -> VtpmView:
+        """Start a VM's TPM."""
+
+    async def stop_vtpm(self, name: str) -> VtpmView:
+        """End a VM's TPM."""
+
+    async def rotate_vtpm(self, name: str) -> VtpmView:
+        """Put a VM's TPM under a new key."""
 
     def check_policy(self, question: PolicyQuestion, caller: Caller) -> PolicyAnswer:
         """What the policy would say."""
@@ -135,6 +148,7 @@ def create_app(agent: ApiAgent) -> FastAPI:
     _add_error_handlers(app)
     _add_host(app, agent)
     _add_vms(app, agent)
+    _add_vtpms(app, agent)
     _add_peers(app, agent)
     _add_pairing(app, agent)
     _add_policy(app, agent)
@@ -197,6 +211,37 @@ def _add_vms(app: FastAPI, agent: ApiAgent) -> None:
     async def remove_vm(name: str) -> None:
         """Forget a VM; it runs on."""
         agent.registry.remove(name)
+
+
+def _add_vtpms(app: FastAPI, agent: ApiAgent) -> None:
+    @app.get("/v1/vms/{name}/vtpm", tags=["vtpms"], summary="A VM's TPM")
+    async def get_vtpm(name: str) -> VtpmView:
+        """Whether the VM's TPM is here, runs, and under what its files are."""
+        return await agent.vtpms.status(name)
+
+    @app.post("/v1/vms/{name}/vtpm/start", tags=["vtpms"], summary="Start a VM's TPM")
+    async def start_vtpm(
+        name: str,
+        adopt: Annotated[bool, Query(description="Take over state that lies in its directory in clear.")] = False,
+        anew: Annotated[bool, Query(description="Make a new one although one was here and left.")] = False,
+    ) -> VtpmView:
+        """Start it, made anew where there was none; QEMU may be started afterwards."""
+        return await agent.start_vtpm(name, adopt=adopt, anew=anew)
+
+    @app.post("/v1/vms/{name}/vtpm/stop", tags=["vtpms"], summary="End a VM's TPM")
+    async def stop_vtpm(name: str) -> VtpmView:
+        """End it; a VM that runs loses it."""
+        return await agent.stop_vtpm(name)
+
+    @app.post("/v1/vms/{name}/vtpm/rotate", tags=["vtpms"], summary="Put a VM's TPM under a new key")
+    async def rotate_vtpm(name: str) -> VtpmView:
+        """A VM that runs is paused meanwhile."""
+        return await agent.rotate_vtpm(name)
+
+    @app.post("/v1/vms/{name}/vtpm/verify", tags=["vtpms"], summary="Verify a VM's TPM")
+    async def verify_vtpm(name: str) -> VtpmView:
+        """Whether files, record and counter are what was written last."""
+        return await agent.vtpms.verify(name)
 
 
 def _add_peers(app: FastAPI, agent: ApiAgent) -> None:

@@ -72,7 +72,8 @@ class Peer(Model):
 class VmDefinition(Model):
     """A VM as the user names it: its QMP socket here, and how to launch it to receive a migration here.
 
-    `least_level` is the trust level that it asks of the other host, `labels` are words for policies.
+    `least_level` is the trust level that it asks of the other host, `labels` are words for policies, `vtpm` is the directory
+    where this host keeps the files of the VM's own TPM (none: it has none, or Sealane does not look after it).
     """
 
     name: Name
@@ -80,6 +81,7 @@ class VmDefinition(Model):
     launch_incoming: list[str] | None = None
     least_level: Annotated[int, Field(ge=0, le=4)] = 0
     labels: Labels = Field(default_factory=dict)
+    vtpm: Annotated[str, Field(min_length=1, max_length=4000, pattern=r"^/")] | None = None
 
 
 class Vm(VmDefinition):
@@ -300,6 +302,31 @@ class QueuePlace(Model):
     why: str
 
 
+class VtpmFacts(Model):
+    """A VM's TPM by its public facts: the digest of its endorsement key's public area (empty: it has none at 0x81010001),
+    how often its lasting state was written, and the counter of the host where it is."""
+
+    ek_sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+    version: Annotated[int, Field(ge=0, lt=1 << 53)]
+    counter: Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+class VtpmView(Model):
+    """A VM's TPM on this host. `control` is the socket for QEMU, `key` says what the key of its files is wrapped to."""
+
+    vm: Name
+    status: Literal["none", "incoming", "here", "gone"]
+    running: bool
+    in_use: bool
+    migrating: bool
+    storage: str
+    control: str
+    swtpm: str
+    key: str
+    epoch: int
+    facts: VtpmFacts | None = None
+
+
 class Migration(Model):
     """One migration as one host sees it. `receipt` is the number of its receipt here, `peer_receipt` the digest of the
     other end's, `stream_digest` that of all records of all lanes, `readable` what the protection leaves readable to whoever
@@ -331,6 +358,7 @@ class Migration(Model):
     policy: PolicyDecision | None = None
     stream_digest: Digest | None = None
     peer_receipt: Digest | None = None
+    vtpm: VtpmFacts | None = None
     receipt: int | None = None
     queue: QueuePlace | None = None
     waited_s: float = 0.0

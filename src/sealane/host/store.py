@@ -47,6 +47,9 @@ CREATE TABLE receipts (
 ) STRICT;
 CREATE TABLE sightings (fingerprint TEXT PRIMARY KEY, trust TEXT NOT NULL, seen_at TEXT NOT NULL) STRICT;
 """,
+    """
+ALTER TABLE vms ADD COLUMN vtpm TEXT;
+""",
 )
 SCHEMA_VERSION: Final = 1 + len(UPGRADES)
 
@@ -171,7 +174,7 @@ class Store:
 
     def vms(self) -> list[VmDefinition]:
         """All registered VMs, by name."""
-        query = "SELECT name, qmp, launch_incoming, least_level, labels FROM vms ORDER BY name"
+        query = "SELECT name, qmp, launch_incoming, least_level, labels, vtpm FROM vms ORDER BY name"
         return [
             VmDefinition.model_validate(
                 {
@@ -180,9 +183,10 @@ class Store:
                     "launch_incoming": _ARGV.validate_json(str(argv)) if argv else None,
                     "least_level": level,
                     "labels": _LABELS.validate_json(str(labels)),
+                    "vtpm": vtpm,
                 }
             )
-            for name, qmp, argv, level, labels in self._rows(query)
+            for name, qmp, argv, level, labels, vtpm in self._rows(query)
         ]
 
     def add_vm(self, vm: VmDefinition) -> None:
@@ -191,8 +195,9 @@ class Store:
         labels = _LABELS.dump_json(vm.labels).decode()
         with self._transaction() as db:
             db.execute(
-                "INSERT INTO vms (name, qmp, launch_incoming, changed_at, least_level, labels) VALUES (?, ?, ?, ?, ?, ?)",
-                (vm.name, vm.qmp, argv, self._now(), vm.least_level, labels),
+                "INSERT INTO vms (name, qmp, launch_incoming, changed_at, least_level, labels, vtpm) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (vm.name, vm.qmp, argv, self._now(), vm.least_level, labels, vm.vtpm),
             )
 
     def remove_vm(self, name: str) -> bool:

@@ -17,6 +17,7 @@ from sealane.testing.cache import build_once, cache_dir, forget_unused
 from sealane.testing.console import ConsoleLog
 from sealane.testing.guest.build import guest_initrd
 from sealane.testing.guest.files import Files, initrd_with_files
+from sealane.testing.guest.tpm import tpm_initrd
 from sealane.testing.problems import RigError
 from sealane.testing.qemu import QemuBinary, find_qemu
 from sealane.testing.qmp import Qmp
@@ -31,7 +32,7 @@ class Workload:
     """What the guest does; see `guest/worker.c` for each.
 
     `files` are real files of this machine in the guest's page cache; freed memory is zeroed then, so that what the files
-    were unpacked from is not there twice.
+    were unpacked from is not there twice. `tpm_secret` is sealed in the VM's own TPM, which is then used once a tick.
     """
 
     fill_mib: int = 8
@@ -43,10 +44,13 @@ class Workload:
     touch_kib_per_s: int = 0
     touch_mib: int = 0
     files: Files | None = None
+    tpm_secret: str = ""
 
     @property
     def initrd(self) -> Path:
         """The guest's initramfs."""
+        if self.tpm_secret:
+            return tpm_initrd()
         return guest_initrd() if self.files is None else initrd_with_files(self.files)
 
     def command_line(self) -> str:
@@ -63,6 +67,8 @@ class Workload:
             words.append(f"sealane.touch_mib={self.touch_mib}")
         if self.files is not None:
             words.append("init_on_free=1")
+        if self.tpm_secret:
+            words.append(f"sealane.tpm_secret={self.tpm_secret.encode().hex()}")
         if self.canary:
             words.append(f"sealane.canary_hex={self.canary.encode().hex()}")
         return " ".join(words)
@@ -87,8 +93,8 @@ class GuestMachine:
     """A VM with its files in `directory`: `qmp.sock` (for the agent), `observer.sock` (for the test), `console.log`.
 
     `launcher` goes before QEMU's own words: a way into a network namespace, for one. `pin` is a list of host CPUs as
-    taskset(1) takes it. Start it from a thread that outlives it: the kernel kills QEMU when that thread ends, so that
-    nothing stays behind a test run that was killed.
+    taskset(1) takes it; `tpm` is the control channel of the VM's own TPM. Start it from a thread that outlives it: the kernel
+    kills QEMU when that thread ends, so that nothing stays behind a test run that was killed.
     """
 
     directory: Path
@@ -100,6 +106,7 @@ class GuestMachine:
     launcher: tuple[str, ...] = ()
     environment: Mapping[str, str] | None = None
     pin: str = ""
+    tpm: Path | None = None
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -160,6 +167,12 @@ class GuestMachine:
             *("-append", self.workload.command_line()),
         ]
 
+    def _tpm_devices(self) -> list[str]:
+        if self.tpm is None:
+            return []
+        chardev = f"socket,id=chrtpm,path={self.tpm}"
+        return ["-chardev", chardev, *("-tpmdev", "emulator,id=tpm0,chardev=chrtpm", "-device", "tpm-tis,tpmdev=tpm0")]
+
     def command(self) -> list[str]:
         """QEMU's command line; with `-incoming defer -S` after it, the same machine waits for a migration.
 
@@ -170,6 +183,7 @@ class GuestMachine:
             *pinned,
             str(self.qemu.path),
             *self._devices(),
+            *self._tpm_devices(),
             *("-serial", f"file:{self.console_path}"),
             *("-qmp", f"unix:{self.qmp_path},server=on,wait=off"),
             *("-qmp", f"unix:{self.observer_path},server=on,wait=off"),

@@ -148,8 +148,9 @@ class HostPair:
         qemu: QemuBinary | None = None,
         accel: Accel | None = None,
         destination_hardware: Hardware | None = None,
+        vtpm: bool = False,
     ) -> Guest:
-        """Register the VM at both hosts; it runs nowhere yet."""
+        """Register the VM at both hosts; it runs nowhere yet. With `vtpm` it has a TPM of its own."""
         machines = {}
         for end in (self.a, self.b):
             different = destination_hardware if end is self.b and destination_hardware is not None else hardware
@@ -163,10 +164,13 @@ class HostPair:
                 launcher=end.host.launcher,
                 environment=end.host.environment(),
                 pin=end.pin,
+                tpm=end.host.paths.run / "vtpm" / f"{name}.sock" if vtpm else None,
             )
             machines[end.name] = machine
             with end.client() as client:
-                client.add_vm(VmDefinition(name=name, qmp=str(machine.qmp_path), launch_incoming=machine.command()))
+                storage = str(end.host.scratch / "vtpm") if vtpm else None
+                qmp, command = str(machine.qmp_path), machine.command()
+                client.add_vm(VmDefinition(name=name, qmp=qmp, launch_incoming=command, vtpm=storage))
         return Guest(name, machines)
 
     def start_guest(self, guest: Guest, at: AgentHost, *, warm: bool = True) -> None:

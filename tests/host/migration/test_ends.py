@@ -24,7 +24,7 @@ from tests.host.factories import migration
 
 DIGEST = "0" * 64
 VERDICT = '{"level": 1, "production_level": 1, "root": "", "evidence": [], "reasons": [], "identities": []}'
-TICKET = messages.Ticket(vm="web01", epoch=1, digest=DIGEST)
+TICKET = messages.Ticket(vm="web01", epoch=1, digest=DIGEST, vtpm=None)
 
 
 class Qemu:
@@ -175,7 +175,7 @@ def a_reception(store: Store) -> Reception:
 def a_prepare(epoch: int) -> messages.Prepare:
     return messages.Prepare(
         vm="web01", uuid="u", qemu_version=(10, 0, 0), machine_type="q35", memory_bytes=1, cpus=1, capabilities=[],
-        multifd_channels=0, epoch=epoch,
+        multifd_channels=0, epoch=epoch, vtpm=None,
     )  # fmt: skip
 
 

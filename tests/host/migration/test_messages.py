@@ -18,6 +18,7 @@ from sealane.host.migration.messages import (
     TicketRefused,
     parse_message,
 )
+from sealane.host.models import VtpmFacts
 from sealane.limits import CHANNEL_MESSAGE_MAX, LANES_MAX
 from tests.seal.rig import PROPERTY
 
@@ -32,12 +33,13 @@ PREPARE = Prepare(
     capabilities=["events", "multifd", "return-path"],
     multifd_channels=None,
     epoch=0,
+    vtpm=None,
 )
 MESSAGES: list[Message] = [
     PREPARE,
     Prepared(multifd_channels=LANES_MAX - 2),
     Loaded(digest=DIGEST),
-    Ticket(vm="web01", epoch=1, digest=DIGEST),
+    Ticket(vm="web01", epoch=1, digest=DIGEST, vtpm=VtpmFacts(ek_sha256=DIGEST, version=7, counter=2)),
     Receipt(vm="web01", epoch=1, since_resume_ms=0.5),
     TicketRefused(code="vm.not-running", detail="QEMU did not resume the VM"),
 ]
@@ -67,6 +69,8 @@ def test_a_field_more_or_less_is_refused(message: Message) -> None:
     ("message", "changes"),
     [
         (PREPARE, {"vm": ""}),
+        (PREPARE, {"vtpm": {"ek_sha256": "x", "version": 0, "counter": 0}}),
+        (PREPARE, {"vtpm": {"ek_sha256": "", "version": -1, "counter": 0}}),
         (PREPARE, {"vm": "../etc"}),
         (PREPARE, {"vm": "a" * 65}),
         (PREPARE, {"uuid": "x" * 201}),

@@ -12,6 +12,7 @@ from sealane.host.quoting import QuotingService
 from sealane.host.receipts.chain import Receipts
 from sealane.host.registry import Registry
 from sealane.host.store import Store
+from sealane.host.vtpm import Vtpms
 from sealane.paths import Paths
 
 LANE_CIPHER: Final = CIPHER_NAME
@@ -30,3 +31,4 @@ class MigrationContext(Protocol):
     receipts: Receipts
     launcher: EnclaveLauncher
     quoting: QuotingService
+    vtpms: Vtpms

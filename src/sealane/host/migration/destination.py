@@ -18,7 +18,16 @@ from typing import Any, Final, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from sealane.enclave.interface import AcceptLane, AttachVm, Begin, ExpectLanes, LaneTokens, PeerEstablished, SendMessage
+from sealane.enclave.interface import (
+    AcceptLane,
+    AttachVm,
+    AttachVtpm,
+    Begin,
+    ExpectLanes,
+    LaneTokens,
+    PeerEstablished,
+    SendMessage,
+)
 from sealane.errors import ControlError, InternalError, SealaneError, for_peer, make_error
 from sealane.host.jobs import Job
 from sealane.host.migration import messages
@@ -34,6 +43,7 @@ from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
 from sealane.host.migration.gate import pass_gate, trust_of
 from sealane.host.migration.receipt_exchange import give_copy, take_copy
 from sealane.host.migration.stall import StallLimit
+from sealane.host.migration.vtpm_steps import vtpm_abandoned, vtpm_taken
 from sealane.host.models import Migration, Name, Progress, Protection, Result, VmDefinition
 from sealane.host.problems import problem_of
 from sealane.host.quoting import incoming_binaries
@@ -238,6 +248,7 @@ class DestinationMigration(Job):
         self._launched: LaunchedMachine | None = None
         self._log_path = context.paths.state / "log" / f"{vm.name}.log"
         self._loaded_told = False
+        self._vtpm_begun = False
         self._resumed = False
         self._main_attached = asyncio.Event()
         self._attaching: set[asyncio.Task[None]] = set()
@@ -281,6 +292,8 @@ class DestinationMigration(Job):
         if await self._is_here():
             raise ControlError("check.vm-present", f"{self._vm.name} has a QEMU here already")
         assert self._vm.launch_incoming is not None  # noqa: S101 - checked by the reception
+        self._vtpm_begun = True
+        await self._watch(self._context.vtpms.receive(self._vm, self.id, self._prepare.epoch, self._prepare.vtpm))
         await self._watch(
             launch_incoming(
                 self._vm.launch_incoming,
@@ -311,6 +324,8 @@ class DestinationMigration(Job):
         channels = choose_multifd_channels(
             self._prepare.multifd_channels, frozenset(self._prepare.capabilities), here.capabilities
         )
+        if (link := await self._context.vtpms.link(self._vm)) is not None:
+            self._enclave.call(AttachVtpm(), link)
         await qemu.configure_migration(MigrationParameters(multifd_channels=channels), incoming=True)
         await qemu.migrate_incoming(f"unix:{path}")
         return channels
@@ -388,6 +403,7 @@ class DestinationMigration(Job):
         receipt = messages.Receipt(vm=ticket.vm, epoch=ticket.epoch, since_resume_ms=since)
         self._enclave.call(SendMessage(receipt.model_dump_json()))
         self._handover.step(Input.RECEIPT)
+        await vtpm_taken(self, self._context, self._vm, ticket)
         result = Result(
             total_ms=(time.monotonic() - self._begun) * 1e3,
             bytes_wire=self._enclave.counters.wire_bytes,
@@ -476,6 +492,8 @@ class DestinationMigration(Job):
     async def _destroy(self) -> None:
         if self._launched is not None:
             await destroy(self._launched.pid, self._launched.start_time_ticks, qmp_path=self._vm.qmp)
+        if self._vtpm_begun:
+            await vtpm_abandoned(self, self._context, self._vm)
 
     # ---- small things
 

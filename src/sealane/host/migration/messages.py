@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from sealane.errors import PeerError, printable
-from sealane.host.models import Name
+from sealane.host.models import Name, VtpmFacts
 from sealane.limits import CHANNEL_MESSAGE_MAX, LANES_MAX
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -37,7 +37,7 @@ class _Message(BaseModel):
 
 
 class Prepare(_Message):
-    """The VM that wants to come; `multifd_channels` None leaves the number to the destination."""
+    """The VM that wants to come; `multifd_channels` None leaves the number to the destination. `vtpm`: it brings a TPM."""
 
     kind: Literal["prepare"] = "prepare"
     vm: Name
@@ -49,6 +49,7 @@ class Prepare(_Message):
     capabilities: Annotated[list[Text], Field(max_length=100)]
     multifd_channels: Channels | None
     epoch: Annotated[int, Field(ge=0, le=EPOCH_MAX)]
+    vtpm: VtpmFacts | None
 
 
 class Prepared(_Message):
@@ -66,12 +67,13 @@ class Loaded(_Message):
 
 
 class Ticket(_Message):
-    """The VM is the destination's from now on."""
+    """The VM is the destination's from now on; `vtpm` is its TPM as it was last."""
 
     kind: Literal["ticket"] = "ticket"
     vm: Name
     epoch: Annotated[int, Field(gt=0, le=EPOCH_MAX + 1)]
     digest: Digest
+    vtpm: VtpmFacts | None
 
 
 class Receipt(_Message):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from sealane.enclave.interface import Begin, OpenLanes, SendMessage
+from sealane.enclave.interface import AttachVtpm, Begin, OpenLanes, SendMessage
 from sealane.errors import (
     ControlError,
     InDoubtError,
@@ -48,6 +48,7 @@ from sealane.host.migration.gate import pass_gate
 from sealane.host.migration.monitoring import GuestMonitoring
 from sealane.host.migration.receipt_exchange import give_copy, take_copy
 from sealane.host.migration.stall import StallLimit
+from sealane.host.migration.vtpm_steps import vtpm_left, vtpm_stays
 from sealane.host.models import Migration, MigrationRequest, NotSent, Peer, Progress, Result, RunsAt, VmDefinition
 from sealane.host.problems import problem_of
 from sealane.host.registry import is_absent
@@ -138,6 +139,8 @@ class SourceMigration(Job):
             ),
             incoming=False,
         )
+        if (link := await self._context.vtpms.link(self._vm)) is not None:
+            enclave.call(AttachVtpm(), link)
         path = directory / "out.sock"
         await self._open_lanes(enclave, path, 1 + prepared.multifd_channels)
         await self._monitoring.first_look()
@@ -209,7 +212,9 @@ class SourceMigration(Job):
             capabilities=sorted(vm.capabilities),
             multifd_channels=self._request.multifd_channels,
             epoch=self.store.epoch(self._vm.name),
+            vtpm=self._context.vtpms.facts(self._vm),
         )
+        self.update(vtpm=prepare.vtpm)
         self.update(detail=f"{self._peer.name} prepares")
         enclave.call(SendMessage(prepare.model_dump_json()))
         launch_s = max(LAUNCH_TIMEOUT_S, self._context.settings.limits.launch_timeout_s)
@@ -339,8 +344,9 @@ class SourceMigration(Job):
         if enclave.failed.done():  # known before anything is given up
             raise enclave.failed.result()
         epoch = self.store.epoch(self._vm.name) + 1
-        self._step(Input.RELEASED, epoch=epoch, detail="handing over", stream_digest=loaded.digest)
-        ticket = messages.Ticket(vm=self._vm.name, epoch=epoch, digest=loaded.digest)
+        vtpm = self._context.vtpms.facts(self._vm)
+        self._step(Input.RELEASED, epoch=epoch, detail="handing over", stream_digest=loaded.digest, vtpm=vtpm)
+        ticket = messages.Ticket(vm=self._vm.name, epoch=epoch, digest=loaded.digest, vtpm=self.migration.vtpm)
         self._send_ticket(enclave, ticket)
         answer = await enclave.next_message(LOADED_TIMEOUT_S, "receipt from the peer")
         self._times.receipt = time.monotonic()
@@ -364,6 +370,7 @@ class SourceMigration(Job):
             await uninterrupted(qemu.quit())
         except SealaneError as error:
             self.log.warning("the paused copy did not end", code=error.code, detail=error.detail)
+        await uninterrupted(vtpm_left(self, self._context, self._vm))
         receipts = self._context.receipts
         self.end(**done, peer_receipt=await uninterrupted(take_copy(self, enclave, receipts)))
         give_copy(self, enclave, receipts)
@@ -404,6 +411,7 @@ class SourceMigration(Job):
                 self._enclave.abort(for_peer(reason))
             self._note_taking_back(reason)
             runs_at = await self._take_back()
+            await vtpm_stays(self, self._context, self._vm)
             if runs_at is None:
                 detail = f"{self._vm.name} may be paused here: its QEMU does not answer; the agent goes on asking it"
                 self.leave(state="aborted", runs_at="nowhere", problem=problem_of(reason), detail=detail)

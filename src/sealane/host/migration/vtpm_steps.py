@@ -1,0 +1,48 @@
+"""What a migration does with the VM's TPM once its end is decided. None of it changes that end: what fails here is logged,
+and done later from the journal (`Vtpms.settle`). A VM without a TPM is passed over."""
+
+from sealane.errors import SealaneError
+from sealane.host.jobs import Job
+from sealane.host.migration.context import MigrationContext
+from sealane.host.migration.messages import Ticket
+from sealane.host.models import VmDefinition
+
+
+async def vtpm_left(job: Job, context: MigrationContext, vm: VmDefinition) -> None:
+    """Source, after the receipt and the end of its QEMU: destroy the key, then the files."""
+    if vm.vtpm is None:
+        return
+    try:
+        await context.vtpms.drop(vm)
+    except SealaneError as error:
+        job.log.error("the TPM that left is still here", code=error.code, detail=error.detail)
+
+
+async def vtpm_stays(job: Job, context: MigrationContext, vm: VmDefinition) -> None:
+    """Source, when nothing came of it: the TPM goes on as it was."""
+    if vm.vtpm is None:
+        return
+    try:
+        await context.vtpms.stays(vm)
+    except SealaneError as error:
+        job.log.warning("the TPM does not answer", code=error.code, detail=error.detail)
+
+
+async def vtpm_taken(job: Job, context: MigrationContext, vm: VmDefinition, ticket: Ticket) -> None:
+    """Destination, when the VM runs: the TPM is this host's."""
+    if vm.vtpm is None:
+        return
+    try:
+        job.update(vtpm=await context.vtpms.taken(vm, ticket.epoch, ticket.vtpm))
+    except SealaneError as error:
+        job.log.error("the TPM that came was not noted as this host's", code=error.code, detail=error.detail)
+
+
+async def vtpm_abandoned(job: Job, context: MigrationContext, vm: VmDefinition) -> None:
+    """Destination, when its copy is destroyed: so is the TPM that was to come."""
+    if vm.vtpm is None:
+        return
+    try:
+        await context.vtpms.abandon(vm, job.id)
+    except SealaneError as error:
+        job.log.error("a TPM that did not come is still here", code=error.code, detail=error.detail)
