@@ -137,6 +137,10 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         ),
     },
     EvidenceError: {
+        "lab.capture": Entry(
+            "this is no capture that the lab can read",
+            "capture with tcpdump -w FILE (pcap), or with `sealane lab sniff`",
+        ),
         "attest.unknown-kind": Entry(
             "this is no kind of evidence or collateral that Sealane knows",
             "docs/attestation.md lists the kinds; is the file whole, and not in hexadecimal or base64?",
@@ -304,6 +308,9 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         "demo.prerequisite": Entry(
             "the demonstration lacks something on this machine",
             "run `./run setup` (or `python -m sealane.testing setup`), which fetches what is missing",
+        ),
+        "lab.failed": Entry(
+            "an experiment of the lab could not be made", "run it again with -v; `./run setup` fetches what is missing"
         ),
         "demo.failed": Entry("a check of the demonstration did not hold", "run it again with -v, and please report it"),
     },

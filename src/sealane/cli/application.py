@@ -36,6 +36,7 @@ COMMANDS = (
     "inspect",
     "attest",
     "debug",
+    "lab",
     "version",
 )
 

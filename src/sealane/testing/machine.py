@@ -79,13 +79,14 @@ class Hardware:
     """What the virtual machine looks like; source and destination must agree in all of it.
 
     `machine` may be versioned (`pc-q35-7.2`), which lets different QEMU versions agree; `cpu` follows the accelerator
-    where it is empty.
+    where it is empty. `devices` are QEMU's words for more devices.
     """
 
     memory_mib: int = 256
     cpus: int = 1
     machine: str = "q35"
     cpu: str = ""
+    devices: tuple[str, ...] = ()
 
 
 @dataclass
@@ -165,6 +166,7 @@ class GuestMachine:
             *("-smp", str(self.hardware.cpus), "-m", str(self.hardware.memory_mib)),
             *("-kernel", str(packages.kernel()), "-initrd", str(self.workload.initrd)),
             *("-append", self.workload.command_line()),
+            *self.hardware.devices,
         ]
 
     def _tpm_devices(self) -> list[str]:

@@ -1,6 +1,6 @@
 """RAM as the destination would have it: every record applied in order."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -84,6 +84,10 @@ class RamRebuild:
             BlockDigest(name, block.pages.size, int(block.received.sum()), sha256(block.pages.data).hexdigest())
             for name, block in self._blocks.items()
         ]
+
+    def memory(self) -> Iterator[tuple[str, Bytes]]:
+        """Each RAM block's pages (n, 4096), in the order in which the stream listed them."""
+        return ((name, block.pages) for name, block in self._blocks.items())
 
     def _add_block(self, event: RamBlockListed) -> None:
         self._left -= event.length

@@ -1,0 +1,278 @@
+"""`sealane lab`: the attacker's tools, on captures and on hosts that are simulated for them."""
+
+import importlib
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, get_args
+
+import typer
+
+from sealane.cli import format as words
+from sealane.cli.output import Output, command
+from sealane.errors import UsageError
+from sealane.lab.carve import Carved, carve
+from sealane.lab.cracking import Broken, break_codec, repeats
+from sealane.lab.pcap import Conversation, read_capture
+from sealane.lab.sight import Sight, look
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True)
+
+Way = Literal["plain", "tls", "sealed", "selective", "shift", "affine", "hrt", "rc4"]
+CaptureFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="[CAPTURE]", help="A capture of tcpdump (pcap); without one, a migration is simulated."),
+]
+WayOption = Annotated[
+    Way, typer.Option("--way", help="Without CAPTURE: how the guest is moved. plain and tls are QEMU's own ways.")
+]
+PortOption = Annotated[int | None, typer.Option("--port", metavar="N", help="Only connections to that TCP port.")]
+NOTHING: Final = 1
+
+
+@app.callback()
+def lab() -> None:
+    """Attack migrations, as somebody on the network would: captures, and hosts simulated on this machine.
+
+    Attaches to no network but that of the hosts that it simulates. What is attacked there is a guest with planted secrets.
+    """
+
+
+def _experiments() -> Any:
+    # above the command line in the order of the rooms; loaded by name, and only when it is wanted, as for `demo`
+    return importlib.import_module("sealane.testing.lab.experiments")
+
+
+def _conversations(capture: Path | None, way: str, port: int | None, out: Output) -> list[Conversation]:
+    if capture is not None:
+        return read_capture(capture, port=port)
+    out.line(f"No capture is named: a guest is moved between two simulated hosts ({way}), and overheard.")
+    conversations: list[Conversation] = _experiments().overheard(way)
+    return conversations
+
+
+@app.command()
+@command
+def sniff(
+    capture: CaptureFile = None,
+    *,
+    out: Output,
+    way: WayOption = "plain",
+    port: PortOption = None,
+    write: Annotated[
+        Path | None, typer.Option("--write", metavar="DIR", help="Write each connection's bytes into files there.")
+    ] = None,
+) -> None:
+    """Tell which connections a capture holds, and what of them is open to read.
+
+    \b
+    Examples:
+      sealane lab sniff wire.pcap
+      sealane lab sniff --way sealed
+      sealane lab sniff wire.pcap --write flows
+    """
+    conversations = _conversations(capture, way, port, out)
+    sight = look(conversations)
+    connections: list[dict[str, Any]] = [
+        {
+            "client": _endpoint(each.client),
+            "server": _endpoint(each.server),
+            "kind": kind,
+            "to_server_bytes": len(each.forward.data),
+            "to_client_bytes": len(each.back.data),
+            "gaps": each.forward.gaps + each.back.gaps,
+        }
+        for each, (kind, _) in zip(conversations, sight.kinds, strict=True)
+    ]
+    out.object({"type": "sniff", "connections": connections, **_open_part(sight)})
+    heads = ["client", "server", "what it is", "to server", "to client", "gaps"]
+    sizes = ("to_server_bytes", "to_client_bytes")
+    rows = [
+        [
+            each["client"],
+            each["server"],
+            each["kind"],
+            *(words.network_bytes(each[name]) for name in sizes),
+            str(each["gaps"]),
+        ]
+        for each in connections
+    ]
+    out.table(heads, rows)
+    for name, value in _open_part(sight).items():
+        out.line(f"{name.replace('_', ' ')}: {value}")
+    if write is not None:
+        _write_flows(conversations, write)
+
+
+def _endpoint(endpoint: tuple[str, int]) -> str:
+    return f"{endpoint[0]}:{endpoint[1]}"
+
+
+def _open_part(sight: Sight) -> dict[str, Any]:
+    return {
+        "memory_blocks": {name: len(pages) * 4096 for name, pages in sight.memory.items()},
+        "pages_in_clear": len(sight.clear),
+        "pages_encoded": len(sight.coded),
+        "sealed_bytes": sum(lane.sealed_bytes for lane in sight.lanes),
+        "problem": sight.problem,
+    }
+
+
+def _write_flows(conversations: list[Conversation], directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for number, each in enumerate(conversations):
+            (directory / f"{number}-forward.bin").write_bytes(each.forward.data)
+            (directory / f"{number}-back.bin").write_bytes(each.back.data)
+    except OSError as error:
+        raise UsageError("usage.argument", f"{directory}: {error.strerror}") from error
+
+
+@app.command("carve")
+@command
+def carve_command(
+    capture: CaptureFile = None,
+    *,
+    out: Output,
+    way: WayOption = "plain",
+    port: PortOption = None,
+    find: Annotated[
+        list[str] | None, typer.Option("--find", metavar="TEXT", help="Also look for this; may be repeated.")
+    ] = None,
+    memory: Annotated[
+        Path | None, typer.Option("--memory", metavar="DIR", help="Write the pages that were read into files there.")
+    ] = None,
+) -> None:
+    """Take out of a capture what memory holds: screens, logins, passwords, keys, documents, files.
+
+    Exits with 0 when something was found, and with 1 when nothing was.
+
+    \b
+    Examples:
+      sealane lab carve wire.pcap
+      sealane lab carve wire.pcap --find "eleven million" --memory pages
+      sealane lab carve --way sealed
+    """
+    sight = look(_conversations(capture, way, port, out))
+    wanted = [text.encode() for text in find or []]
+    carved = carve(sight, wanted=wanted)
+    if memory is not None:
+        _write_pages(sight, memory)
+    _tell_carved(out, carved)
+    raise typer.Exit(NOTHING if carved.is_empty else 0)
+
+
+def _write_pages(sight: Sight, directory: Path) -> None:
+    pages = {name.replace("/", "_").replace(":", "-"): each for name, each in sight.memory.items()}
+    pages |= {name: each for name, each in (("clear", sight.clear), ("encoded", sight.coded)) if len(each)}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, each in pages.items():
+            each.tofile(directory / f"{name}.bin")
+    except OSError as error:
+        raise UsageError("usage.argument", f"{directory}: {error.strerror}") from error
+
+
+def _tell_carved(out: Output, carved: Carved) -> None:
+    out.object({"type": "carved", **vars(carved)})
+    for screen in carved.screens:
+        out.line("the guest's screen:")
+        for line in screen:
+            out.line(f"  | {line}")
+    for name, password in carved.logins:
+        out.line(f"typed: name {name}, password {password}")
+    for each in carved.passwords:
+        out.line(f"secret: {each}")
+    for each in carved.keys:
+        out.line(f"private key: {each.splitlines()[0]} … {len(each)} bytes")
+    for text in carved.documents:
+        out.line(f"document: {' '.join(text.split())[:160]} … {len(text)} characters")
+    for kind, count in carved.files.items():
+        out.line(f"files: {count} {kind}")
+    for text, places in carved.found.items():
+        out.line(f"{text!r}: {', '.join(places) or 'not found'}")
+    out.line(f"{carved.strings} strings of eight characters and more")
+    if carved.is_empty:
+        out.line("nothing else: no screen, login, password, key, document or file")
+
+
+@app.command("break")
+@command
+def break_command(
+    capture: CaptureFile = None,
+    *,
+    out: Output,
+    way: WayOption = "hrt",
+    port: PortOption = None,
+    codec: Annotated[
+        Literal["affine", "shift", "hrt", "rc4"] | None, typer.Option("--codec", help="The codec [default: try all].")
+    ] = None,
+    pages_file: Annotated[
+        Path | None, typer.Option("--pages", metavar="FILE", help="Write the pages that were decoded there.")
+    ] = None,
+) -> None:
+    """Recover a page codec's key from a capture alone, and decode its pages.
+
+    Exits with 0 when a key was recovered, and with 1 when none was.
+
+    \b
+    Examples:
+      sealane lab break wire.pcap --pages decoded.bin
+      sealane lab break --way hrt
+      sealane lab break --way sealed
+    """
+    sight = look(_conversations(capture, way, port, out))
+    coded = sight.coded
+    tried = [break_codec(name, coded) for name in ([codec] if codec else ["affine", "shift", "hrt"])]
+    keys = [each for each in tried if each.is_broken]
+    best = max(keys, key=lambda each: carve_score(each, sight), default=None)
+    out.object(
+        {
+            "type": "broken",
+            "pages_encoded": len(coded),
+            "repeated_pages": repeats(coded),
+            "sealed_bytes": sum(lane.sealed_bytes for lane in sight.lanes),
+            "codec": best.codec if best else None,
+            "key": best.key if best else None,
+            "tried": [vars(each) for each in tried],
+        }
+    )
+    out.line(f"{len(coded)} encoded pages, {repeats(coded)} of them equal to one before; {len(sight.clear)} in clear")
+    for each in tried:
+        out.line(f"{each.codec}: {'; '.join(each.how)}")
+    if best is None:
+        out.line("no key was recovered")
+        raise typer.Exit(NOTHING)
+    out.line(f"key of {best.codec}: " + ", ".join(f"{name}={value}" for name, value in best.key.items()))
+    if pages_file is not None:
+        try:
+            best.decode(coded).tofile(pages_file)
+        except OSError as error:
+            raise UsageError("usage.argument", f"{pages_file}: {error.strerror}") from error
+
+
+def carve_score(broken: Broken, sight: Sight) -> int:
+    """How much what a key decodes looks like memory: its strings."""
+    decoded = broken.decode(sight.coded[:512])
+    return carve(Sight(), extra=[("decoded", decoded)]).strings
+
+
+@app.command()
+@command
+def leak(
+    ways: Annotated[
+        list[str] | None, typer.Argument(metavar="[WAY]...", help="These ways alone [default: all].")
+    ] = None,
+    *,
+    out: Output,
+) -> None:
+    """Count which of a guest's planted secrets can be read from the wire, under each way to move it.
+
+    \b
+    Examples:
+      sealane lab leak
+      sealane lab leak plain sealed --json
+    """
+    known = get_args(Way)
+    for way in ways or []:
+        if way not in known:
+            raise UsageError("usage.argument", f"{way}: the ways are {', '.join(known)}")
+    _experiments().leak(out, ways or None)

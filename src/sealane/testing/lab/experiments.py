@@ -1,0 +1,57 @@
+"""The experiments of `sealane lab` that need hosts and a guest; each says what it got."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from sealane.cli.output import Output
+from sealane.errors import make_error
+from sealane.lab.pcap import Conversation
+from sealane.testing.lab.guest import USERS
+from sealane.testing.lab.leak import CELLS, LeakTable, measure
+from sealane.testing.lab.stage import WAYS, Stage, make_stage, way_name
+from sealane.testing.problems import RigError
+
+
+@contextmanager
+def staged(**options: int) -> Iterator[Stage]:
+    """The stage; what the rig could not do becomes `lab.failed`."""
+    try:
+        with make_stage(**options) as stage:  # type: ignore[arg-type]
+            yield stage
+    except RigError as error:
+        raise make_error("lab.failed", str(error)) from error
+
+
+def overheard(way: str) -> list[Conversation]:
+    """The connections of one migration, made in that way."""
+    with staged() as stage:
+        take = stage.move(way)
+        if not take.completed:
+            raise make_error("lab.failed", f"the guest did not arrive: {take.problem}")
+        return take.conversations
+
+
+def leak(out: Output, ways: Sequence[str] | None = None) -> None:
+    """The leak meter."""
+    with staged() as stage:
+        table = measure(stage, ways=tuple(ways or WAYS), say=out.line)
+    out.object({"type": "leak", **table.as_dict()})
+    tell_leak(out, table)
+
+
+def tell_leak(out: Output, table: LeakTable) -> None:
+    """The table in words."""
+    ways = list(table.captured_bytes)
+    out.line()
+    rows = [
+        [f"{place}{' *' if place in USERS else ''}", *(row[way] for way in ways)] for place, row in table.cells.items()
+    ]
+    rows.append(["in all", *(str(table.count(way)) for way in ways)])
+    out.table(["secret", *map(way_name, ways)], rows)
+    out.line()
+    out.line("* in pages that a process has mapped")
+    for cell, meaning in CELLS.items():
+        out.line(f"{cell}: {meaning}")
+    for told in table.breaking:
+        out.line(f"{told.way}: {told.verdict}, in {told.seconds:.1f} s; {'; '.join(told.how)}")
+    out.line(table.premise)
