@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sealane.errors import PeerError
 from sealane.limits import RECORD_PAYLOAD_MAX
-from sealane.seal.compression import INPUT_MAX, RecordCompressor, RecordDecompressor
+from sealane.seal.compression import FRAMES_MAX, INPUT_MAX, RecordCompressor, RecordDecompressor
 from tests.seal.rig import PROPERTY
 
 payloads = st.lists(
@@ -58,6 +58,20 @@ def test_a_change_of_level_begins_a_new_frame() -> None:
             assert decompressor.decompress(record, begins=begins) == b"the same " * 90
 
 
+def test_frames_do_not_depend_on_each_other() -> None:
+    decompressor = RecordDecompressor()
+    compressors = [RecordCompressor(1, frame) for frame in range(FRAMES_MAX)]
+    for turn in range(3):
+        for number, compressor in enumerate(compressors):
+            payload = f"turn {turn} of {number} ".encode() * 50
+            record, begins = compressed(compressor, payload)
+            assert decompressor.decompress(record, begins=begins) == payload
+    again, begins = compressed(RecordCompressor(3, 2), b"anew " * 9)
+    assert decompressor.decompress(again, begins=begins) == b"anew " * 9
+    record, begins = compressed(compressors[1], b"and the others go on")
+    assert bytes(decompressor.decompress(record, begins=begins)) == b"and the others go on"
+
+
 def test_incompressible_bytes_fit_into_a_record() -> None:
     noise = b"".join(struct.pack("<Q", (at * 0x9E3779B97F4A7C15 + 12345) ** 3 % 2**64) for at in range(INPUT_MAX // 8))
     for level in (-1, 1, 7):
@@ -73,12 +87,13 @@ def frame(payload: bytes) -> bytes:
     ("record", "why"),
     [
         (b"", "too short"),
-        (b"\0\0\0\5", "too short"),
-        (struct.pack(">I", 0) + frame(b"hello"), "claims 0 bytes"),
-        (struct.pack(">I", INPUT_MAX + 1) + frame(b"hello"), f"claims {INPUT_MAX + 1} bytes"),
-        (struct.pack(">I", 6) + frame(b"hello"), "another length"),
-        (struct.pack(">I", 5) + frame(b"hello")[:-3], "another length"),
-        (struct.pack(">I", 5) + b"no zstd frame", "does not open"),
+        (b"\0\0\0\0\5", "too short"),
+        (struct.pack(">BI", 4, 5) + frame(b"hello"), "of frame 4"),
+        (struct.pack(">BI", 0, 0) + frame(b"hello"), "claims 0 bytes"),
+        (struct.pack(">BI", 0, INPUT_MAX + 1) + frame(b"hello"), f"claims {INPUT_MAX + 1} bytes"),
+        (struct.pack(">BI", 0, 6) + frame(b"hello"), "another length"),
+        (struct.pack(">BI", 0, 5) + frame(b"hello")[:-3], "another length"),
+        (struct.pack(">BI", 0, 5) + b"no zstd frame", "does not open"),
     ],
 )
 def test_what_does_not_fit_is_refused(record: bytes, why: str) -> None:
@@ -97,7 +112,7 @@ def test_a_bomb_gives_no_more_than_it_claims() -> None:
     bomb = frame(bytes(1 << 30))
     assert len(bomb) < 1 << 17
     decompressor = RecordDecompressor()
-    out = decompressor.decompress(memoryview(struct.pack(">I", 1000) + bomb), begins=True)
+    out = decompressor.decompress(memoryview(struct.pack(">BI", 0, 1000) + bomb), begins=True)
     assert len(out) == 1000
 
 
@@ -106,7 +121,7 @@ def test_a_window_that_is_too_large_is_refused() -> None:
     large = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     data = large.compress(b"x" * 100) + large.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
     with pytest.raises(PeerError, match="does not open"):
-        RecordDecompressor().decompress(memoryview(struct.pack(">I", 100) + data), begins=True)
+        RecordDecompressor().decompress(memoryview(struct.pack(">BI", 0, 100) + data), begins=True)
 
 
 @PROPERTY

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
+from sealane.enclave.compressing import frames_for
 from sealane.enclave.marked import Guard, MarkedOutbound
 from sealane.enclave.outbound import Outbound, Saved
 from sealane.errors import PeerError, SealaneError, make_error
@@ -70,13 +71,13 @@ class Reduction:
     """What the lanes of one source share to send less."""
 
     def __init__(self, lanes: int, migration_secret: bytes) -> None:
-        self._lanes = lanes
+        self.lanes = lanes
         self._seen = PagesSeen(lanes)
         self._key = derive_digest_key(migration_secret)
 
     def of(self, lane: int) -> tuple[LaneReducer, Effort]:
         """One lane's part."""
-        return LaneReducer(self._seen, lane, self._key), Effort(self._lanes)
+        return LaneReducer(self._seen, lane, self._key), Effort(self.lanes)
 
 
 class Lane:
@@ -215,7 +216,9 @@ class Lane:
         reduction = None if self._reduction is None else self._reduction.of(self.index)
         if self._marker is not None:
             return MarkedOutbound(vm, self._connection, self._sealer, self._marker, self._codec, reduction)
-        return None if reduction is None else Outbound(vm, self._connection, self._sealer, *reduction)
+        if self._reduction is None or reduction is None:
+            return None
+        return Outbound(vm, self._connection, self._sealer, *reduction, frames_for(self._reduction.lanes))
 
     def _pump_as_it_is(self, vm: socket.socket) -> None:
         payload, receive = self._sealer.payload, vm.recv_into

@@ -56,11 +56,12 @@ class MarkedOutbound(Outbound):
         self._may_reduce = reduction is not None
         super().__init__(vm, line, sealer, *(reduction or _no_reduction()))
         self._marker, self._codec = marker, codec
+        self._received = memoryview(bytearray(PIECE_MAX))
         self._joined = memoryview(bytearray(PIECE_MAX))
 
     def run(self) -> None:
         """Pump until QEMU closes; raises OSError where the line breaks."""
-        while piece := self._receive(self._buffer[:PIECE_MAX]):
+        while piece := self._receive(self._received):
             reduced = self._reducer.feed(piece) if self._may_reduce else None
             self._send_pieces([piece] if reduced is None else reduced)
             if self._may_reduce:

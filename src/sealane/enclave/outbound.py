@@ -1,23 +1,23 @@
-"""QEMU's bytes out of a source: received, reduced where the line is the bottleneck, sealed, sent. One thread a lane.
+"""QEMU's bytes out of a source: received, reduced where the line is the bottleneck, sealed, sent.
 
-    QEMU --recv_into--> frame --seal in place--> TCP                                  while the line is fast
-    QEMU --recv_into--> buffer --reduce--> --zstd--> frame --seal in place--> TCP     while it is not
+    QEMU --recv_into--> frame --seal in place--> TCP                                  while the line is fast: one thread
+    QEMU --recv_into--> buffer --reduce--> | --zstd--> frame --seal--> TCP            while it is not: see `compressing`
 
 What has come goes out at once: nothing waits for a full buffer, nor for a better match.
 """
 
+import select
 import socket
 import struct
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sealane.limits import MIB
-from sealane.seal.compression import INPUT_MAX, RecordCompressor
+from sealane.enclave.compressing import Compressing
+from sealane.limits import KIB, MIB
 from sealane.seal.effort import INTERVAL_S, Effort, Interval
-from sealane.seal.records import Coding, RecordSealer
-from sealane.seal.reduce import TAIL_MAX, LaneReducer, Piece
+from sealane.seal.records import RecordSealer
+from sealane.seal.reduce import LaneReducer
 
 # struct tcp_info (linux/tcp.h): tcpi_rwnd_limited, microseconds; kernels before 4.10 do not have it
 _RECEIVER_LIMITED_AT: Final = 176
@@ -27,6 +27,11 @@ _TCP_INFO_BYTES: Final = 256
 # So much is followed to see whether the line is the bottleneck. To keep in step with pieces of 32 KiB costs 0.2 core-seconds a
 # GB; who did not need to reduce by then is on a fast line, and is followed no more. What compresses still can be compressed.
 FOLLOWED_MAX: Final = 64 * MIB
+
+
+# Pieces of this size cost a reducer a third less a byte than those of 192 KiB, which a unix connection gives at once.
+_ENOUGH: Final = 512 * KIB
+_LOOK_AGAIN_S: Final = 0.001
 
 
 @dataclass
@@ -42,16 +47,20 @@ class Outbound:
     """The pump of one lane at the source."""
 
     def __init__(
-        self, vm: socket.socket, line: socket.socket, sealer: RecordSealer, reducer: LaneReducer, effort: Effort
+        self,
+        vm: socket.socket,
+        line: socket.socket,
+        sealer: RecordSealer,
+        reducer: LaneReducer,
+        effort: Effort,
+        frames: int = 1,
     ) -> None:
         self._vm, self._line, self._sealer = vm, line, sealer
-        self._reducer, self._effort = reducer, effort
-        self._buffer = memoryview(bytearray(TAIL_MAX + INPUT_MAX))
-        self._compressor: RecordCompressor | None = None
+        self._reducer, self._effort, self._frames = reducer, effort, frames
+        self._compressing: Compressing | None = None
         self._line_wait_s = self._vm_wait_s = 0.0
-        self._interval_began = time.perf_counter()
-        self._interval_bytes = self._interval_wire = 0
-        self._receiver_limited_s = 0.0
+        # totals when an interval ended last; sending adds to them in whichever thread it is done
+        self._measured = Interval(time.perf_counter(), 0.0, 0.0, 0.0, 0, 0)
         self._compressed_saved = 0
         self._has_reduced = False
         self.vm_bytes = 0
@@ -59,19 +68,36 @@ class Outbound:
 
     def run(self) -> None:
         """Pump until QEMU closes; raises OSError where the line breaks."""
-        while piece := self._receive(self._sealer.payload if self._compressor is None else self._buffer):
-            pieces = self._reducer.feed(piece)
-            if self._compressor is None:
-                self._send(self._sealer.seal_data(len(piece)))
-            else:
-                self._send_compressed([piece] if pieces is None else pieces)
-            self._measure()
-        self._stop_reducing()
+        try:
+            while self._pump_piece():
+                self._measure()
+            self._stop_reducing()
+        finally:
+            if self._compressing is not None:
+                self._compressing.close()
+
+    def _pump_piece(self) -> bool:
+        """Send what QEMU has next; False where it has closed."""
+        compressing = self._compressing
+        buffer = self._sealer.payload if compressing is None else compressing.buffer()
+        piece = self._receive(buffer)
+        if not piece:
+            return False
+        if compressing is not None:
+            piece = self._receive_meanwhile(compressing, buffer, len(piece))
+        pieces = self._reducer.feed(piece)
+        if compressing is None:
+            self._send(self._sealer.seal_data(len(piece)))
+        else:
+            compressing.send([piece] if pieces is None else pieces, buffer)
+        return True
 
     @property
     def saved(self) -> Saved:
         """What was not sent so far."""
-        return Saved(self._reducer.zero_bytes, self._reducer.same_bytes, self._compressed_saved)
+        compressing = self._compressing
+        under_way = compressing.saved_bytes if compressing is not None else 0
+        return Saved(self._reducer.zero_bytes, self._reducer.same_bytes, self._compressed_saved + under_way)
 
     def _receive(self, buffer: memoryview) -> memoryview:
         """QEMU's next bytes, behind the tail that the reducer wants in front of them; empty where QEMU has closed."""
@@ -85,47 +111,36 @@ class Outbound:
             count = 0
         self._vm_wait_s += time.perf_counter() - began
         self.vm_bytes += count
-        self._interval_bytes += count
         return buffer[: len(tail) + count if count else 0]
+
+    def _receive_meanwhile(self, compressing: Compressing, buffer: memoryview, length: int) -> memoryview:
+        """Add what QEMU has while all who compress are busy: larger pieces cost less, and waiting costs nothing then."""
+        while length < _ENOUGH and compressing.is_busy:
+            if not select.select([self._vm], [], [], _LOOK_AGAIN_S)[0]:
+                continue
+            count = self._vm.recv_into(buffer[length:_ENOUGH])
+            if not count:  # the next `_receive` hears of it again
+                break
+            self.vm_bytes += count
+            length += count
+        return buffer[:length]
 
     def _send(self, record: memoryview) -> None:
         began = time.perf_counter()
         self._line.sendall(record)
         self._line_wait_s += time.perf_counter() - began
         self.wire_bytes += len(record)
-        self._interval_wire += len(record)
-
-    def _send_compressed(self, pieces: Sequence[Piece]) -> None:
-        compressor = self._compressor
-        if compressor is None:
-            return
-        for group in _groups(pieces):
-            coding = Coding.ZSTD_BEGUN if compressor.begins else Coding.ZSTD
-            length = compressor.compress_into(group, self._sealer.payload)
-            self._compressed_saved += sum(len(piece) for piece in group) - length
-            self._send(self._sealer.seal_data(length, coding))
 
     # ---- how much to reduce
 
     def _measure(self) -> None:
-        now = time.perf_counter()
-        elapsed = now - self._interval_began
-        if elapsed < INTERVAL_S:
+        now, last = time.perf_counter(), self._measured
+        if now - last.elapsed_s < INTERVAL_S:
             return
         limited = receiver_limited_s(self._line)
-        self._effort.learn(
-            Interval(
-                elapsed,
-                self._line_wait_s,
-                self._vm_wait_s,
-                limited - self._receiver_limited_s,
-                self._interval_wire,
-                self._interval_bytes,
-            )
-        )
-        self._receiver_limited_s, self._interval_began = limited, now
-        self._line_wait_s = self._vm_wait_s = 0.0
-        self._interval_bytes = self._interval_wire = 0
+        total = Interval(now, self._line_wait_s, self._vm_wait_s, limited, self.wire_bytes, self.vm_bytes)
+        self._effort.learn(total - last)
+        self._measured = total
         self._apply(self._effort.level)
         if not self._has_reduced and self.vm_bytes > FOLLOWED_MAX:
             self._reducer.give_up()
@@ -133,15 +148,23 @@ class Outbound:
     def _apply(self, level: int | None) -> None:
         if level is None:
             self._stop_reducing()
-        elif self._compressor is None or self._compressor.level != level:
-            self._compressor = RecordCompressor(level)
+        elif self._compressing is not None:
+            self._compressing.level = level
+        else:
+            self._compressing = Compressing(self._sealer, self._send, level=level, frames=self._frames)
             self._has_reduced = True
-            if not self._reducer.active:
-                self._reducer.activate()
+            self._reducer.activate()
 
     def _stop_reducing(self) -> None:
-        self._send_compressed(self._reducer.deactivate())
-        self._compressor = None
+        held = self._reducer.deactivate()
+        compressing = self._compressing
+        if compressing is None:
+            return
+        compressing.send(held, None)
+        compressing.drain()
+        compressing.close()
+        self._compressed_saved += compressing.saved_bytes
+        self._compressing = None
 
 
 def receiver_limited_s(line: socket.socket) -> float:
@@ -151,21 +174,3 @@ def receiver_limited_s(line: socket.socket) -> float:
         return 0.0
     (microseconds,) = struct.unpack_from("Q", info, _RECEIVER_LIMITED_AT)
     return float(microseconds) / 1e6
-
-
-def _groups(pieces: Sequence[Piece]) -> Iterator[list[memoryview]]:
-    """The pieces in order, cut into groups of at most INPUT_MAX bytes."""
-    group: list[memoryview] = []
-    room = INPUT_MAX
-    for piece in pieces:
-        rest = memoryview(piece)
-        while len(rest) > room:
-            group.append(rest[:room])
-            yield group
-            rest = rest[room:]
-            group, room = [], INPUT_MAX
-        if len(rest):
-            group.append(rest)
-            room -= len(rest)
-    if group:
-        yield group

@@ -1,9 +1,9 @@
-"""zstd over a lane's plaintext: one context a lane and direction, and every record can be opened as soon as it is there.
+"""zstd over a lane's plaintext: a few frames a lane and direction, and every record can be opened as soon as it is there.
 
-    compressed record's plaintext    u32 length of what it opens to | zstd blocks (RFC 8878), flushed behind each record
+    compressed record's plaintext    u8 number of the frame | u32 length of what it opens to | zstd blocks (RFC 8878), flushed
 
-A frame begins with the record that says so, and goes on over all that follow: later records find matches in earlier ones. A
-change of level begins a new frame.
+A frame begins with the record that says so, and goes on over all later records of its number: they find matches in earlier
+ones. A change of level begins a new frame. Several frames let as many threads compress, each for itself.
 """
 
 import struct
@@ -17,8 +17,10 @@ from sealane.limits import KIB, RECORD_PAYLOAD_MAX
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
-_LENGTH: Final = struct.Struct(">I")
-HEAD_BYTES: Final = _LENGTH.size
+_HEAD: Final = struct.Struct(">BI")
+HEAD_BYTES: Final = _HEAD.size
+# Frames of one lane and direction; each costs both ends a window.
+FRAMES_MAX: Final = 4
 # How far back matches reach: both ends keep as much.
 _WINDOW_LOG: Final = 22
 # What goes into one record: zstd may make incompressible bytes a little longer (3 bytes a block of 128 KiB, and the frame's head).
@@ -26,14 +28,14 @@ INPUT_MAX: Final = RECORD_PAYLOAD_MAX - 4 * KIB
 
 
 class RecordCompressor:
-    """Compresses records at one level."""
+    """Compresses the records of one frame at one level."""
 
-    def __init__(self, level: int) -> None:
+    def __init__(self, level: int, frame: int = 0) -> None:
         parameters = zstandard.ZstdCompressionParameters.from_level(
             level, window_log=_WINDOW_LOG, write_content_size=False, write_checksum=False
         )
         self._frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
-        self.level = level
+        self.level, self._number = level, frame
         self.begins = True  # whether the next record begins the frame
 
     def compress_into(self, pieces: Sequence[Buffer], out: memoryview) -> int:
@@ -46,42 +48,39 @@ class RecordCompressor:
             at += len(data)
         data = self._frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
         out[at : at + len(data)] = data
-        out[:HEAD_BYTES] = _LENGTH.pack(length)
+        out[:HEAD_BYTES] = _HEAD.pack(self._number, length)
         self.begins = False
         return at + len(data)
 
 
 class RecordDecompressor:
-    """Opens what compressors of the peer made; memory is bounded by a window and one record."""
+    """Opens what compressors of the peer made; memory is bounded by FRAMES_MAX windows and one record."""
 
     def __init__(self) -> None:
-        self._source = _Source()
-        self._frame: zstandard.ZstdDecompressionReader | None = None
+        self._frames: dict[int, _Frame] = {}
         self._buffer = bytearray(INPUT_MAX)
 
     def decompress(self, plaintext: memoryview, *, begins: bool) -> memoryview:
         """What the record opens to, valid until the next call; raises PeerError `lane.malformed`."""
         if len(plaintext) <= HEAD_BYTES:
             raise _malformed("is too short")
-        (length,) = _LENGTH.unpack(plaintext[:HEAD_BYTES])
+        number, length = _HEAD.unpack(plaintext[:HEAD_BYTES])
+        if number >= FRAMES_MAX:
+            raise _malformed(f"is of frame {number}")
         if not 0 < length <= INPUT_MAX:
             raise _malformed(f"claims {length} bytes")
-        if begins:
-            self._source = _Source()
-            context = zstandard.ZstdDecompressor(max_window_size=1 << _WINDOW_LOG)
-            self._frame = context.stream_reader(self._source, read_size=RECORD_PAYLOAD_MAX)  # type: ignore[arg-type]
-        if self._frame is None:
+        frame = _Frame() if begins else self._frames.pop(number, None)
+        if frame is None:
             raise _malformed("goes on with what was never begun")
-        self._source.data = bytes(plaintext[HEAD_BYTES:])
         out = memoryview(self._buffer)[:length]
+        frame.source.data = bytes(plaintext[HEAD_BYTES:])
         try:
-            got = self._fill(self._frame, out)
+            got = self._fill(frame.opened, out)
         except zstandard.ZstdError:
-            self._frame = None
             raise _malformed("does not open") from None
-        if got != length or self._source.data:
-            self._frame = None
+        if got != length or frame.source.data:
             raise _malformed("opens to another length than it claims")
+        self._frames[number] = frame
         return out
 
     @staticmethod
@@ -103,6 +102,15 @@ class _Source:
     def read(self, size: int = -1) -> bytes:
         data, self.data = self.data, b""
         return data
+
+
+class _Frame:
+    """One frame of the peer's, as far as it has come."""
+
+    def __init__(self) -> None:
+        self.source = _Source()
+        context = zstandard.ZstdDecompressor(max_window_size=1 << _WINDOW_LOG)
+        self.opened = context.stream_reader(self.source, read_size=RECORD_PAYLOAD_MAX)  # type: ignore[arg-type]
 
 
 def _malformed(why: str) -> PeerError:

@@ -33,7 +33,7 @@ _REST_MAX_S: Final = 60.0
 
 @dataclass(frozen=True)
 class Interval:
-    """What one lane did: seconds, and bytes in all."""
+    """What one lane did: seconds, and bytes. Totals have a time of the clock as `elapsed_s`."""
 
     elapsed_s: float
     line_wait_s: float
@@ -41,6 +41,17 @@ class Interval:
     receiver_limited_s: float
     wire_bytes: int
     plaintext_bytes: int
+
+    def __sub__(self, earlier: "Interval") -> "Interval":
+        """What was done between two totals."""
+        return Interval(
+            self.elapsed_s - earlier.elapsed_s,
+            self.line_wait_s - earlier.line_wait_s,
+            self.vm_wait_s - earlier.vm_wait_s,
+            self.receiver_limited_s - earlier.receiver_limited_s,
+            self.wire_bytes - earlier.wire_bytes,
+            self.plaintext_bytes - earlier.plaintext_bytes,
+        )
 
 
 class Effort:
