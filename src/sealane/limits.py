@@ -101,7 +101,7 @@ RECOVERY_INTERVAL_S: Final = 5.0
 
 # A copy under a protection that tells pages apart begins when the guest's pages were looked at once, and no later than this:
 # what is not known is encrypted. The VM runs meanwhile. A look takes 0.16 s per GiB.
-FIRST_LOOK_TIMEOUT_S: Final = 2.0
+FIRST_LOOK_TIMEOUT_S: Final = 5.0
 # `sealane inspect pages`: reading 100 GiB that a guest has touched takes half a minute.
 INSPECTION_TIMEOUT_S: Final = 120.0
 # How long a stopped agent lets its migrations end before it aborts them.

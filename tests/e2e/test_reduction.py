@@ -8,6 +8,7 @@ from sealane.testing.hosts import INTERFACE, namespaces_work
 from sealane.testing.machine import Workload
 from sealane.testing.qemu import find_qemu
 from tests.e2e.rig import HARDWARE, Rig, make_rig
+from tests.e2e.test_protection import ALLOWED, allow_all
 
 pytestmark = [
     pytest.mark.e2e,
@@ -22,7 +23,8 @@ RATE = ("rate", "300mbit", "burst", "256kb", "latency", "10ms")
 
 @pytest.fixture(scope="module")
 def rig() -> Iterator[Rig]:
-    with make_rig(network="netns", hardware=HARDWARE, workload=WRITING) as made:
+    with make_rig(network="netns", hardware=HARDWARE, workload=WRITING, settings=ALLOWED) as made:
+        allow_all(made)
         for end in (made.home, made.away):
             end.host.run("tc", "qdisc", "add", "dev", INTERFACE, "root", "tbf", *RATE)
         yield made
@@ -35,9 +37,9 @@ def memory_is_checked_again(rig: Rig) -> None:
         rig.guest.wait_ticks(1)
 
 
-@pytest.mark.parametrize("channels", [0, 2])
-def test_fewer_bytes_cross_and_memory_is_the_same(rig: Rig, channels: int) -> None:
-    attempt = rig.attempt(multifd_channels=channels)
+@pytest.mark.parametrize(("channels", "protection"), [(0, "sealed"), (2, "sealed"), (0, "selective"), (2, "hrt")])
+def test_fewer_bytes_cross_and_memory_is_the_same(rig: Rig, channels: int, protection: str) -> None:
+    attempt = rig.attempt(multifd_channels=channels, protection=protection, i_know_this_is_weak=protection != "sealed")
     rig.assert_arrived(attempt)
     memory_is_checked_again(rig)
     result = attempt.source.result

@@ -1,6 +1,7 @@
 """Marked records: what goes in clear is what was classified and nothing else, and the mark alone brings it back."""
 
 import random
+import struct
 from collections.abc import Callable
 
 import numpy as np
@@ -13,8 +14,9 @@ from sealane.crypto.aead import TAG_BYTES
 from sealane.errors import InternalError
 from sealane.limits import RECORD_PAYLOAD_MAX
 from sealane.seal.codecs import CODECS, PAGE_BYTES, PageCodec
+from sealane.seal.compression import RecordCompressor, RecordDecompressor
 from sealane.seal.keys import Direction, codec_key
-from sealane.seal.marks import MARK_BYTES, MARKS_MAX, PIECE_MAX, IsUser, Marks, PageMarker, Treatment
+from sealane.seal.marks import MARK_BYTES, MARKS_MAX, PIECE_MAX, IsUser, Marks, PageMarker, PartCompressors, Treatment
 from sealane.seal.records import HEADER_BYTES, OVERHEAD_BYTES, Coding, Kind, MarksAllowed, RecordReader, RecordSealer
 from sealane.wire import PageBatch, StreamReader
 from sealane.wire.events import Offsets
@@ -39,10 +41,11 @@ def all_of(answer: bool) -> IsUser:
 
 
 def marked_records(
-    data: bytes, sizes: Callable[[], int], protection: str, is_user: IsUser | None
+    data: bytes, sizes: Callable[[], int], protection: str, is_user: IsUser | None, level: int | None = None
 ) -> tuple[list[bytes], list[bytes]]:
-    """The records of a stream that arrives in pieces of these sizes, and the pieces."""
+    """The records of a stream that arrives in pieces of these sizes, compressed at a level or not, and the pieces."""
     sealer, codec = RecordSealer(keys()), codec_of(protection)
+    compressors = None if level is None else PartCompressors(level)
     marker = PageMarker(is_user, has_codec=codec is not None)
     records, pieces, at = [bytes(sealer.open_lane())], [], 0
     while at < len(data):
@@ -50,11 +53,13 @@ def marked_records(
         at += len(piece)
         pieces.append(bytes(piece))
         marks = marker.marks_of(piece)
-        if marks is None:
+        if marks is not None:
+            records.append(bytes(sealer.seal_marked(piece, marks, codec, compressors)))
+        elif compressors is not None:
+            records.append(bytes(sealer.seal_data(compressors.hide_into(piece, sealer.payload), Coding.ZSTD)))
+        else:
             sealer.payload[: len(piece)] = piece
             records.append(bytes(sealer.seal_data(len(piece))))
-        else:
-            records.append(bytes(sealer.seal_marked(piece, marks, codec)))
     return [*records, bytes(sealer.close_lane())], pieces
 
 
@@ -66,13 +71,14 @@ def opened(records: list[bytes], protection: str, sizes: list[int] | None = None
 # ---- what was marked comes back
 
 
+@pytest.mark.parametrize("level", [None, 1])
 @pytest.mark.parametrize("name", CAPTURES)
-def test_real_streams_come_back_under_every_protection(name: str) -> None:
+def test_real_streams_come_back_under_every_protection(name: str, level: int | None) -> None:
     chance = random.Random(name)
     for data in wire_rig.connections(name):
         for protection in PROTECTIONS if len(data) < 3 << 20 else ["selective", "hrt"]:
             records, pieces = marked_records(
-                data, lambda: chance.choice([7, 5000, 70_000, 400_000]), protection, every_third
+                data, lambda: chance.choice([7, 5000, 70_000, 400_000]), protection, every_third, level
             )
             told = opened(records, protection, [65_536])
             assert told.error is None
@@ -107,13 +113,16 @@ def stream_of_pages(count: int) -> bytes:
     st.lists(st.integers(300, 30_000), min_size=1, max_size=8),
     st.integers(0, 2**32),
     st.sampled_from(PROTECTIONS),
+    st.sampled_from([None, -1, 1]),
 )
-def test_any_pieces_and_classes_come_back(count: int, sizes: list[int], seed: int, protection: str) -> None:
+def test_any_pieces_and_classes_come_back(
+    count: int, sizes: list[int], seed: int, protection: str, level: int | None
+) -> None:
     def is_user(_block: str, offsets: Offsets) -> NDArray[np.bool_] | None:
         return None if chance.random() < 0.2 else np.array([chance.random() < 0.5 for _ in offsets], bool)
 
     chance = random.Random(seed)
-    records, pieces = marked_records(stream_of_pages(count), lambda: chance.choice(sizes), protection, is_user)
+    records, pieces = marked_records(stream_of_pages(count), lambda: chance.choice(sizes), protection, is_user, level)
     assert opened(records, protection).events == ["opened", *pieces, "closed"]
 
 
@@ -174,7 +183,23 @@ def test_each_codec_key_is_of_its_own_lane_direction_and_migration() -> None:
     assert len(made) == 12
 
 
-# ---- rules 1 and 8: forged records have a right tag, so that no other check can find them
+@pytest.mark.parametrize("protection", PROTECTIONS)
+def test_compressed_records_show_what_others_show(protection: str) -> None:
+    """Who opens the open part with zstd has the pages that are no user's, and the ciphertext is not compressed with them."""
+    data = stream_of_pages(30)
+    records, _ = marked_records(data, lambda: PIECE_MAX, protection, every_third, level=1)
+    assert records[1][1] == Coding.MARKED_ZSTD
+    (count,) = struct.unpack_from(">H", records[1], 2)
+    at = HEADER_BYTES + MARK_BYTES * count
+    (length,) = struct.unpack_from(">I", records[1], at)
+    shown = bytes(RecordDecompressor().decompress(memoryview(records[1])[at + 4 : at + 4 + length]))
+    for index in range(30):
+        assert (wire_rig.page(index) in shown) == (index % 3 != 0), index
+        assert wire_rig.page(index)[1000:1064] not in records[1] or index % 3
+    assert b"pc-q35" not in shown + records[1]
+
+
+# ---- rules 1, 8 and 9: forged records have a right tag, so that no other check can find them
 
 
 def forge_marked(
@@ -255,11 +280,61 @@ def test_rule_1_a_sealed_lane_takes_no_marked_record() -> None:
     assert (told.events, told.code) == (["opened"], "lane.malformed")
 
 
+def forge_compressed(words: list[int], opened: bytes, hidden: bytes, *, claim: int | None = None) -> bytes:
+    """A compressed marked record of these parts, as they stand there."""
+    claimed = len(opened) if claim is None else claim
+    body = struct.pack(">I", claimed) + opened + hidden
+    open_bytes = min(MARK_BYTES * len(words) + 4 + claimed, MARK_BYTES * len(words) + len(body))
+    return forge_marked(words, body, open_bytes=open_bytes, coding=Coding.MARKED_ZSTD)
+
+
+def packed(data: bytes, frame: int) -> bytes:
+    out = memoryview(bytearray(RECORD_PAYLOAD_MAX))
+    return bytes(out[: RecordCompressor(1, frame).compress_into([data], out)])
+
+
+def test_the_forger_of_compressed_ones_too() -> None:
+    words = [word(0, 3), word(2, 4099)]
+    told = read_forged(forge_compressed(words, packed(PAGES[:4096], 0), packed(PAGES[4096:] + b"abcde", 1)))
+    assert told.events == ["opened", b"abc" + PAGES + b"de"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        forge_compressed([word(0, 0), word(2, 4096)], packed(PAGES[:4095], 0), packed(PAGES[4096:] + b"x", 1)),
+        forge_compressed([word(0, 0), word(2, 4096)], packed(PAGES[:4097], 0), packed(PAGES[4097:], 1)),
+        forge_compressed([word(0, 0)], packed(PAGES[:4096], 0), packed(bytes(PIECE_MAX + 1 - 4096), 1)),
+        forge_compressed([word(0, 0)], packed(PAGES[:4096], 0), packed(bytes(PIECE_MAX + 1), 1)),
+        forge_compressed([word(0, 0)], packed(PAGES[:4096], 0), b"\x81\0\0\0\5 no frame"),
+        forge_compressed([word(0, 0)], b"", packed(PAGES, 1)),
+        forge_compressed([word(0, 0)], b"", packed(PAGES, 1), claim=1 << 31),
+        forge_compressed([word(0, 0)], b"", b""),
+        forge_compressed([word(0, 0)] * (MARKS_MAX + 1), b"", packed(PAGES, 1)),
+    ],
+    ids=[
+        "short",
+        "long",
+        "piece too long",
+        "far too long",
+        "no frame",
+        "nothing open",
+        "claims more",
+        "empty",
+        "marks",
+    ],
+)
+def test_rules_1_and_9_of_compressed_ones(record: bytes) -> None:
+    told = read_forged(record)
+    assert (told.events, told.code) == (["opened"], "lane.malformed")
+
+
+@pytest.mark.parametrize("level", [None, 1])
 @pytest.mark.parametrize("protection", ["selective", "hrt"])
-def test_every_changed_byte_is_found_in_clear_parts_too(protection: str) -> None:
-    records, _ = marked_records(stream_of_pages(3), lambda: PIECE_MAX, protection, every_third)
-    assert records[1][1] == Coding.MARKED
-    for byte in [*range(HEADER_BYTES + 20), *random.Random(1).sample(range(len(records[1])), 300)]:
+def test_every_changed_byte_is_found_in_clear_parts_too(protection: str, level: int | None) -> None:
+    records, _ = marked_records(stream_of_pages(3), lambda: PIECE_MAX, protection, every_third, level)
+    assert records[1][1] == (Coding.MARKED if level is None else Coding.MARKED_ZSTD)
+    for byte in [*range(HEADER_BYTES + 20), *random.Random(1).choices(range(len(records[1])), k=300)]:
         changed = bytearray(records[1])
         changed[byte] ^= 1 << byte % 8
         told = opened([records[0], bytes(changed)], protection)
@@ -268,10 +343,12 @@ def test_every_changed_byte_is_found_in_clear_parts_too(protection: str) -> None
 
 
 @PROPERTY
-@given(st.binary(max_size=9000), st.integers(0, 5), st.integers(0, 40_000))
-def test_any_marks_and_bytes_give_a_piece_or_one_typed_error(body: bytes, count: int, open_bytes: int) -> None:
+@given(st.binary(max_size=9000), st.integers(0, 5), st.integers(0, 40_000), st.sampled_from([2, 3]))
+def test_any_marks_and_bytes_give_a_piece_or_one_typed_error(
+    body: bytes, count: int, open_bytes: int, coding: int
+) -> None:
     open_bytes = min(open_bytes, len(body))
-    told = read_forged(forge_marked([], body, open_bytes=open_bytes, count=count))
+    told = read_forged(forge_marked([], body, open_bytes=open_bytes, count=count, coding=coding))
     assert told.code in {"lane.malformed", "lane.integrity", "lane.truncated"}
     assert told.events == ["opened"]
 
@@ -289,6 +366,12 @@ def test_a_full_piece_fits_a_record() -> None:
     record = bytes(sealer.seal_marked(piece, marks, None))
     assert len(record) <= RECORD_PAYLOAD_MAX + OVERHEAD_BYTES
     assert read_forged(record).plaintext == bytes(piece)
+    for half in (0, len(positions) // 2, len(positions)):
+        treatments = np.repeat([0, 2], [half, len(positions) - half]).astype(np.uint8)
+        another = RecordSealer(keys())
+        another.open_lane()
+        record = bytes(another.seal_marked(piece, Marks(positions, treatments), None, PartCompressors(1)))
+        assert read_forged(record).plaintext == bytes(piece)
     for wrong in (memoryview(bytes(PIECE_MAX + 1)), memoryview(bytes(PAGE_BYTES - 1))):
         with pytest.raises(InternalError):
             sealer.seal_marked(wrong, marks, None)

@@ -113,13 +113,12 @@ class Compressing:
             while (job := self._jobs[number].get()) is not None and self._error is None:
                 if compressor is None or compressor.level != self.level:
                     compressor = RecordCompressor(self.level, number)
-                coding = Coding.ZSTD_BEGUN if compressor.begins else Coding.ZSTD
                 length = compressor.compress_into(job.group, out)
                 if not self._take_turn(job.turn):
                     return
                 self.saved_bytes += sum(map(len, job.group)) - length
                 self._sealer.payload[:length] = out[:length]
-                self._send_record(self._sealer.seal_data(length, coding))
+                self._send_record(self._sealer.seal_data(length, Coding.ZSTD))
                 self._end_turn(job)
         except BaseException as error:
             self._fail(error)

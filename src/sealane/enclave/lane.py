@@ -22,12 +22,11 @@ from sealane.enclave.marked import Guard, MarkedOutbound
 from sealane.enclave.outbound import Outbound, Saved
 from sealane.errors import PeerError, SealaneError, make_error
 from sealane.seal.codecs import PageCodec
-from sealane.seal.compression import RecordDecompressor
 from sealane.seal.effort import Effort
 from sealane.seal.keys import Direction, LaneKeys, derive_digest_key
 from sealane.seal.marks import PageMarker
 from sealane.seal.protect import SEALED, is_weak
-from sealane.seal.records import Coding, DataReceived, LaneClosed, LaneOpened, RecordReader, RecordSealer
+from sealane.seal.records import DataReceived, LaneClosed, LaneOpened, RecordReader, RecordSealer
 from sealane.seal.reduce import LaneReducer
 from sealane.seal.seen import PagesSeen
 
@@ -112,7 +111,6 @@ class Lane:
             self._marker = PageMarker(guard.is_user, has_codec=self._codec is not None)
         self._reduction = reduction
         self._outbound_pump: Outbound | None = None
-        self._decompressor: RecordDecompressor | None = None
         self._post = post
         self._vm: socket.socket | None = None
         self._attached = threading.Event()
@@ -245,7 +243,7 @@ class Lane:
             self._wire_bytes += count
             event = reader.filled(count)
             if isinstance(event, DataReceived):
-                self._deliver(event.data if event.coding is Coding.PLAIN else self._decompress(event))
+                self._deliver(event.data)
             elif isinstance(event, LaneOpened):
                 self._opened()
             elif isinstance(event, LaneClosed):
@@ -255,11 +253,6 @@ class Lane:
         if not self._is_source:
             self._connection.sendall(self._sealer.open_lane())
         self._post(Opened(self.index))
-
-    def _decompress(self, event: DataReceived) -> memoryview:
-        if self._decompressor is None:
-            self._decompressor = RecordDecompressor()
-        return self._decompressor.decompress(event.data, begins=event.coding is Coding.ZSTD_BEGUN)
 
     def _deliver(self, data: memoryview) -> None:
         self._vm_bytes += len(data)

@@ -2,8 +2,8 @@
 
     QEMU --recv_into--> buffer --(reduce)--> pieces --pages by the monitor's word--> marked record --> TCP
 
-Pages that the destination has, and zero pages, are left out as under `sealed`, where the line is the bottleneck; zstd is
-not used: what it makes of a page could not be told apart from what it makes of the next.
+Where the line is the bottleneck, pages that the destination has and zero pages are left out as under `sealed`, and what a
+record leaves open is compressed apart from what it encrypts.
 """
 
 import socket
@@ -15,9 +15,9 @@ from sealane.enclave.outbound import Outbound
 from sealane.seal.codecs import CODECS, PageCodec
 from sealane.seal.effort import Effort
 from sealane.seal.keys import Direction, codec_key
-from sealane.seal.marks import PIECE_MAX, IsUser, PageMarker
+from sealane.seal.marks import PIECE_MAX, IsUser, PageMarker, PartCompressors
 from sealane.seal.protect import codec_name, is_weak
-from sealane.seal.records import MarksAllowed, RecordSealer
+from sealane.seal.records import OVERHEAD_BYTES, Coding, MarksAllowed, RecordSealer
 from sealane.seal.reduce import LaneReducer, Piece
 from sealane.seal.seen import PagesSeen
 
@@ -56,6 +56,7 @@ class MarkedOutbound(Outbound):
         self._may_reduce = reduction is not None
         super().__init__(vm, line, sealer, *(reduction or _no_reduction()))
         self._marker, self._codec = marker, codec
+        self._compressors: PartCompressors | None = None
         self._received = memoryview(bytearray(PIECE_MAX))
         self._joined = memoryview(bytearray(PIECE_MAX))
 
@@ -88,22 +89,31 @@ class MarkedOutbound(Outbound):
             self._send_piece(self._joined[:used])
 
     def _send_piece(self, piece: memoryview) -> None:
-        marks = self._marker.marks_of(piece)
-        if marks is None:
-            self._sealer.payload[: len(piece)] = piece
-            self._send(self._sealer.seal_data(len(piece)))
+        marks, compressors = self._marker.marks_of(piece), self._compressors
+        if marks is not None:
+            record = self._sealer.seal_marked(piece, marks, self._codec, compressors)
+        elif compressors is not None:
+            record = self._sealer.seal_data(compressors.hide_into(piece, self._sealer.payload), Coding.ZSTD)
         else:
-            self._send(self._sealer.seal_marked(piece, marks, self._codec))
+            self._sealer.payload[: len(piece)] = piece
+            record = self._sealer.seal_data(len(piece))
+        if compressors is not None:
+            self._compressed_saved += len(piece) - (len(record) - OVERHEAD_BYTES)
+        self._send(record)
 
     def _apply(self, level: int | None) -> None:
         if level is None:
             self._stop_reducing()
-        elif not self._reducer.active:
+            return
+        if self._compressors is None or self._compressors.level != level:
+            self._compressors = PartCompressors(level)
+        if not self._reducer.active:
             self._has_reduced = True
             self._reducer.activate()
 
     def _stop_reducing(self) -> None:
         self._send_pieces(self._reducer.deactivate())
+        self._compressors = None
 
 
 def _no_reduction() -> tuple[LaneReducer, Effort]:

@@ -30,7 +30,7 @@ FOLLOWED_MAX: Final = 64 * MIB
 
 
 # Pieces of this size cost a reducer a third less a byte than those of 192 KiB, which a unix connection gives at once.
-_ENOUGH: Final = 512 * KIB
+_ENOUGH: Final = 384 * KIB
 _LOOK_AGAIN_S: Final = 0.001
 
 

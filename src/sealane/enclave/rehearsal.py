@@ -102,7 +102,7 @@ def _reduce(secret: bytes) -> None:
     LaneReducer(seen, 0, derive_digest_key(secret)).feed(pages[0].data)
     out = memoryview(bytearray(RECORD_PAYLOAD_MAX))
     length = RecordCompressor(1).compress_into([pages[0].data], out)
-    RecordDecompressor().decompress(out[:length], begins=True)
+    RecordDecompressor().decompress(out[:length])
 
 
 def _seal_and_open(secret: bytes) -> None:

@@ -1,9 +1,9 @@
 """zstd over a lane's plaintext: a few frames a lane and direction, and every record can be opened as soon as it is there.
 
-    compressed record's plaintext    u8 number of the frame | u32 length of what it opens to | zstd blocks (RFC 8878), flushed
+    compressed bytes    u8 frame's number, 0x80 where it begins | u32 length of what they open to | zstd blocks (RFC 8878), flushed
 
-A frame begins with the record that says so, and goes on over all later records of its number: they find matches in earlier
-ones. A change of level begins a new frame. Several frames let as many threads compress, each for itself.
+A frame goes on until one of its number begins anew, as after a change of level: what comes later finds matches in what came
+before. Several frames let as many threads compress, each for itself.
 """
 
 import struct
@@ -19,6 +19,7 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 _HEAD: Final = struct.Struct(">BI")
 HEAD_BYTES: Final = _HEAD.size
+_BEGINS: Final = 0x80
 # Frames of one lane and direction; each costs both ends a window.
 FRAMES_MAX: Final = 4
 # How far back matches reach: both ends keep as much.
@@ -28,7 +29,7 @@ INPUT_MAX: Final = RECORD_PAYLOAD_MAX - 4 * KIB
 
 
 class RecordCompressor:
-    """Compresses the records of one frame at one level."""
+    """Compresses one frame at one level."""
 
     def __init__(self, level: int, frame: int = 0) -> None:
         parameters = zstandard.ZstdCompressionParameters.from_level(
@@ -36,10 +37,10 @@ class RecordCompressor:
         )
         self._frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
         self.level, self._number = level, frame
-        self.begins = True  # whether the next record begins the frame
+        self._begins = _BEGINS
 
     def compress_into(self, pieces: Sequence[Buffer], out: memoryview) -> int:
-        """Compress at most INPUT_MAX bytes as one record's plaintext; returns its length in `out`."""
+        """Compress at most INPUT_MAX bytes; returns the length of what they became in `out`, RECORD_PAYLOAD_MAX at most."""
         length, at = 0, HEAD_BYTES
         for piece in pieces:
             length += len(piece)
@@ -48,8 +49,8 @@ class RecordCompressor:
             at += len(data)
         data = self._frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
         out[at : at + len(data)] = data
-        out[:HEAD_BYTES] = _HEAD.pack(self._number, length)
-        self.begins = False
+        out[:HEAD_BYTES] = _HEAD.pack(self._begins | self._number, length)
+        self._begins = 0
         return at + len(data)
 
 
@@ -60,20 +61,21 @@ class RecordDecompressor:
         self._frames: dict[int, _Frame] = {}
         self._buffer = bytearray(INPUT_MAX)
 
-    def decompress(self, plaintext: memoryview, *, begins: bool) -> memoryview:
-        """What the record opens to, valid until the next call; raises PeerError `lane.malformed`."""
-        if len(plaintext) <= HEAD_BYTES:
+    def decompress(self, data: memoryview) -> memoryview:
+        """What these compressed bytes open to, valid until the next call; raises PeerError `lane.malformed`."""
+        if len(data) <= HEAD_BYTES:
             raise _malformed("is too short")
-        number, length = _HEAD.unpack(plaintext[:HEAD_BYTES])
+        word, length = _HEAD.unpack(data[:HEAD_BYTES])
+        number = word & ~_BEGINS
         if number >= FRAMES_MAX:
             raise _malformed(f"is of frame {number}")
         if not 0 < length <= INPUT_MAX:
             raise _malformed(f"claims {length} bytes")
-        frame = _Frame() if begins else self._frames.pop(number, None)
+        frame = _Frame() if word & _BEGINS else self._frames.pop(number, None)
         if frame is None:
             raise _malformed("goes on with what was never begun")
         out = memoryview(self._buffer)[:length]
-        frame.source.data = bytes(plaintext[HEAD_BYTES:])
+        frame.source.data = bytes(data[HEAD_BYTES:])
         try:
             got = self._fill(frame.opened, out)
         except zstandard.ZstdError:
@@ -114,4 +116,4 @@ class _Frame:
 
 
 def _malformed(why: str) -> PeerError:
-    return PeerError("lane.malformed", f"a compressed record {why}")
+    return PeerError("lane.malformed", f"what was compressed {why}")

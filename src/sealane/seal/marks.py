@@ -8,6 +8,13 @@ A marked record's payload, N marks of u32, big-endian; `N` and the lengths are i
     +-----------+---------------+-----------------------+-----------------+------------------------+
      \\__________ associated data, after the header _____/ \\____________ ciphertext _______________/
 
+Where the line is slow, the open pages and the encrypted bytes are compressed (`seal.compression`), each part in a frame of its own:
+
+    +-----------+------------+------------------------------+------------------------------------------------+
+    |  N marks  | u32 length | CLEAR and CODED pages, zstd  |  ENCRYPTED pages and what is left, zstd        |
+    +-----------+------------+------------------------------+------------------------------------------------+
+     \\__________ associated data, after the header ________/ \\________________ ciphertext ___________________/
+
 A mark is `treatment << 30 | position`: where in the piece of stream the page's 4096 bytes begin. Marks stand in the order of
 treatment, then position, and their pages do not overlap; anything else is malformed. The reader does what the mark says and
 guesses nothing: what a page is was decided at the source, by the state that it had when it was sent.
@@ -24,14 +31,16 @@ from numpy.typing import NDArray
 from sealane import wire
 from sealane.limits import RECORD_PAYLOAD_MAX
 from sealane.seal.codecs import PAGE_BYTES, PageCodec
+from sealane.seal.compression import INPUT_MAX, RecordCompressor
 from sealane.wire.core import Reader
 from sealane.wire.events import Offsets
 from sealane.wire.sniff import SNIFF_BYTES
 
 MARK_BYTES: Final = 4
 MARKS_MAX: Final = RECORD_PAYLOAD_MAX // PAGE_BYTES
-# The largest piece of stream whose record has room for the marks of all its pages.
-PIECE_MAX: Final = RECORD_PAYLOAD_MAX - MARK_BYTES * MARKS_MAX
+# The largest piece of stream whose record has room for the marks of all its pages, compressed in vain or not.
+PIECE_MAX: Final = INPUT_MAX - MARK_BYTES * MARKS_MAX
+OPEN_LENGTH_BYTES: Final = 4
 _TREATMENT_SHIFT: Final = 30
 _POSITION_MASK: Final = (1 << _TREATMENT_SHIFT) - 1
 
@@ -61,11 +70,14 @@ class Marks:
         return int(np.count_nonzero(self.treatments == treatment))
 
     @property
+    def vector_bytes(self) -> int:
+        """How long `encode` is."""
+        return MARK_BYTES * len(self.positions)
+
+    @property
     def open_bytes(self) -> int:
-        """How much of the payload is not encrypted."""
-        return MARK_BYTES * len(self.positions) + PAGE_BYTES * int(
-            np.count_nonzero(self.treatments != Treatment.ENCRYPTED)
-        )
+        """How much of the payload is not encrypted: the marks themselves, CLEAR and CODED pages."""
+        return self.vector_bytes + PAGE_BYTES * int(np.count_nonzero(self.treatments != Treatment.ENCRYPTED))
 
     def encode(self) -> bytes:
         """The vector of marks."""
@@ -183,6 +195,35 @@ def take_out(piece: memoryview, marks: Marks, payload: memoryview, codec: PageCo
     rest = _rest(marks.positions, len(piece))
     out[rest_at : rest_at + len(rest)] = stream[rest]
     return rest_at + len(rest)
+
+
+class PartCompressors:
+    """The two frames of a lane's marked records at one level: what stays open, and what is encrypted."""
+
+    def __init__(self, level: int) -> None:
+        self.level = level
+        self._open, self._hidden = RecordCompressor(level, 0), RecordCompressor(level, 1)
+        self._taken_out = memoryview(bytearray(RECORD_PAYLOAD_MAX))
+
+    def hide_into(self, piece: memoryview, out: memoryview) -> int:
+        """Compress a piece of which nothing is open; gives the length of what it became."""
+        return self._hidden.compress_into([piece], out)
+
+    def take_out(
+        self, piece: memoryview, marks: Marks, payload: memoryview, codec: PageCodec | None
+    ) -> tuple[int, int]:
+        """As `take_out`, and compress both parts; gives the payload's length and how much of it stays open."""
+        length = take_out(piece, marks, self._taken_out, codec)
+        opened, hidden = (
+            self._taken_out[marks.vector_bytes : marks.open_bytes],
+            self._taken_out[marks.open_bytes : length],
+        )
+        at = marks.vector_bytes + OPEN_LENGTH_BYTES
+        used = self._open.compress_into([opened], payload[at:]) if opened else 0
+        payload[: marks.vector_bytes] = self._taken_out[: marks.vector_bytes]
+        payload[marks.vector_bytes : at] = used.to_bytes(OPEN_LENGTH_BYTES, "big")
+        at += used
+        return at + (self._hidden.compress_into([hidden], payload[at:]) if hidden else 0), at
 
 
 def put_back(payload: memoryview, marks: Marks, piece: memoryview, codec: PageCodec | None) -> None:

@@ -9,8 +9,8 @@ A record is a header, a ciphertext as long as its plaintext, and a tag. Integers
        u8       u8          u16          u32, bytes             u64              of lane and direction    length     16
 
 The header is the associated data, and with it the open part of a marked record (`seal.marks`), which stands in front of the
-ciphertext and counts in `length`. `coding` says what a DATA record's plaintext is. Only marked ones have marks, and only a
-reader whose protection is not `sealed` takes them. Rules, each with its error:
+ciphertext and counts in `length`. `coding` says what a DATA record's payload is; what is given out is QEMU's bytes. Only marked
+ones have marks, and only a reader whose protection is not `sealed` takes them. Rules, each with its error:
 
  1. kind, coding, marks and length fit                                  else `lane.malformed`
  2. the identifier is this lane's and direction's                       else `lane.foreign`
@@ -20,8 +20,10 @@ reader whose protection is not `sealed` takes them. Rules, each with its error:
  6. nothing follows CLOSE                                               else `lane.after-close`
  7. the connection does not end before CLOSE                            else `lane.truncated`
  8. the marks of a record that opened are those of its pages            else `lane.malformed`
+ 9. what was compressed opens to as much as it claims                   else `lane.malformed`
 
-Plaintext is given out only after rules 4 and 8. A record that breaks any rule ends the lane: nothing is given out after it.
+Nothing is decompressed or decoded before rule 4 holds, and nothing given out before 8 and 9 do. A record that breaks any rule
+ends the lane: nothing is given out after it.
 Both ends keep a running SHA-256 over header and tag of every record, which the hand-over compares.
 """
 
@@ -35,11 +37,15 @@ from sealane.crypto.aead import TAG_BYTES, OpenFailed
 from sealane.errors import InternalError, PeerError
 from sealane.limits import RECORD_PAYLOAD_MAX
 from sealane.seal.codecs import PAGE_BYTES, PageCodec
+from sealane.seal.compression import RecordDecompressor
 from sealane.seal.keys import LaneKeys
 from sealane.seal.marks import (
     MARK_BYTES,
+    MARKS_MAX,
+    OPEN_LENGTH_BYTES,
     PIECE_MAX,
     Marks,
+    PartCompressors,
     parse_marks,
     put_back,
     take_out,
@@ -64,9 +70,12 @@ class Coding(IntEnum):
     """What the plaintext of a DATA record is; OPEN and CLOSE have 0."""
 
     PLAIN = 0  # QEMU's bytes
-    ZSTD_BEGUN = 1  # the first record of a zstd frame (`seal.compression`)
-    ZSTD = 2  # a further one
-    MARKED = 3  # QEMU's bytes, some pages of them taken out (`seal.marks`)
+    ZSTD = 1  # compressed (`seal.compression`)
+    MARKED = 2  # some pages of them taken out (`seal.marks`)
+    MARKED_ZSTD = 3  # both
+
+
+_MARKED: Final = frozenset({Coding.MARKED, Coding.MARKED_ZSTD})
 
 
 @dataclass(frozen=True)
@@ -83,13 +92,12 @@ class LaneOpened:
 
 @dataclass(frozen=True)
 class DataReceived:
-    """Authentic plaintext; the view is valid until the reader's next `space`."""
+    """QEMU's bytes, authentic; the view is valid until the reader's next `space`."""
 
     data: memoryview
-    coding: Coding = Coding.PLAIN
 
     def __repr__(self) -> str:
-        return f"DataReceived({len(self.data)} bytes, {self.coding.name})"
+        return f"DataReceived({len(self.data)} bytes)"
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,6 @@ class RecordSealer:
         self._sequence = 0
         self._closed = False
         self._digest = hashlib.sha256()
-        self.plaintext_bytes = 0
 
     def open_lane(self) -> memoryview:
         """The first record."""
@@ -136,18 +143,21 @@ class RecordSealer:
 
     def seal_data(self, length: int, coding: Coding = Coding.PLAIN) -> memoryview:
         """The record that carries the first `length` bytes of `payload`."""
-        if not self._sequence or length not in _LENGTHS[Kind.DATA] or coding is Coding.MARKED:
+        if not self._sequence or length not in _LENGTHS[Kind.DATA] or coding in _MARKED:
             raise InternalError("internal.error", f"{length} bytes cannot be sealed here")
-        self.plaintext_bytes += length
         return self._seal(Kind.DATA, length, coding)
 
-    def seal_marked(self, piece: memoryview, marks: Marks, codec: PageCodec | None) -> memoryview:
+    def seal_marked(
+        self, piece: memoryview, marks: Marks, codec: PageCodec | None, compressors: PartCompressors | None = None
+    ) -> memoryview:
         """The record that carries `piece` (at most PIECE_MAX bytes, not in `payload`) by its marks, one or more."""
         if not self._sequence or not PAGE_BYTES <= len(piece) <= PIECE_MAX:
             raise InternalError("internal.error", f"{len(piece)} bytes cannot be marked here")
-        self.plaintext_bytes += len(piece)
-        length = take_out(piece, marks, self.payload, codec)
-        return self._seal(Kind.DATA, length, Coding.MARKED, marks)
+        if compressors is None:
+            length = take_out(piece, marks, self.payload, codec)
+            return self._seal(Kind.DATA, length, Coding.MARKED, len(marks.positions), marks.open_bytes)
+        length, open_bytes = compressors.take_out(piece, marks, self.payload, codec)
+        return self._seal(Kind.DATA, length, Coding.MARKED_ZSTD, len(marks.positions), open_bytes)
 
     def close_lane(self) -> memoryview:
         """The last record."""
@@ -155,18 +165,19 @@ class RecordSealer:
         self._closed = True
         return record
 
-    def _seal(self, kind: Kind, length: int, coding: Coding = Coding.PLAIN, marks: Marks | None = None) -> memoryview:
+    def _seal(
+        self, kind: Kind, length: int, coding: Coding = Coding.PLAIN, marks: int = 0, open_bytes: int = 0
+    ) -> memoryview:
         if self._closed:
             raise InternalError("internal.error", "the lane is closed")
         sequence = self._sequence
         self._sequence += 1
         end = OVERHEAD_BYTES + length
-        count = 0 if marks is None else len(marks.positions)
-        header = _HEADER.pack(kind, coding, count, length, sequence, self._keys.identifier)
+        header = _HEADER.pack(kind, coding, marks, length, sequence, self._keys.identifier)
         self._frame[:HEADER_BYTES] = header
-        sealed_from = HEADER_BYTES + (0 if marks is None else marks.open_bytes)
+        sealed_from = HEADER_BYTES + open_bytes
         sealed = self._frame[sealed_from:end]
-        associated = header if marks is None else self._frame[:sealed_from]
+        associated = header if not marks else self._frame[:sealed_from]
         self._keys.at(sequence).seal_into(self._keys.nonce(sequence), sealed[:-TAG_BYTES], associated, sealed)
         self._digest.update(header)
         self._digest.update(sealed[-TAG_BYTES:])
@@ -189,7 +200,8 @@ class RecordReader:
     def __init__(self, keys: LaneKeys, marks_allowed: MarksAllowed | None = None) -> None:
         self._keys, self._marks_allowed = keys, marks_allowed
         self._marks = 0  # of the present record
-        self._piece = memoryview(b"")  # where marked records are put together; made for the first one
+        self._piece = self._parts = memoryview(b"")  # where marked records are put together; made for the first one
+        self._decompressor: RecordDecompressor | None = None
         self._buffer = memoryview(bytearray(RECORD_BYTES_MAX + HEADER_BYTES))
         self._have = 0
         self._done = 0  # bytes of a finished record that still stand in front
@@ -200,7 +212,6 @@ class RecordReader:
         self._closed = False
         self._error: PeerError | None = None
         self._digest = hashlib.sha256()
-        self.plaintext_bytes = 0
 
     def space(self) -> memoryview:
         """Where the next bytes of the wire belong; never empty. Ends the life of the last event's view.
@@ -255,19 +266,21 @@ class RecordReader:
         return int(length)
 
     def _marks_fit(self, coding: int, marks: int, length: int) -> bool:
-        if coding != Coding.MARKED:
+        if coding not in _MARKED:
             return marks == 0
         if self._marks_allowed is None:
             return False
+        if coding == Coding.MARKED_ZSTD:
+            return 0 < marks <= MARKS_MAX and length > MARK_BYTES * marks + OPEN_LENGTH_BYTES
         return marks > 0 and (MARK_BYTES + PAGE_BYTES) * marks <= length <= PIECE_MAX + MARK_BYTES * marks
 
     def _open(self, length: int) -> Event:
         header = bytes(self._buffer[:HEADER_BYTES])
         end = OVERHEAD_BYTES + length
         marks = self._read_marks()
-        sealed_from = HEADER_BYTES + (0 if marks is None else marks.open_bytes)
-        associated = header if marks is None else self._buffer[:sealed_from]
-        sealed = self._buffer[sealed_from:end]
+        open_bytes = 0 if marks is None else self._open_bytes(marks, length)
+        sealed = self._buffer[HEADER_BYTES + open_bytes : end]
+        associated = header if marks is None else self._buffer[: HEADER_BYTES + open_bytes]
         cipher = self._keys.at(self._sequence)
         if not self._keys.covers(self._claimed):
             raise self._fail("lane.integrity")  # another generation's record cannot be told from a changed one
@@ -280,16 +293,13 @@ class RecordReader:
             raise self._fail("lane.replay" if self._claimed < self._sequence else "lane.reordered")
         if (self._kind is Kind.OPEN) != (self._sequence == 0):  # rule 5
             raise self._fail("lane.malformed")
-        plaintext = self._buffer[HEADER_BYTES : HEADER_BYTES + length]
-        if marks is not None:
-            plaintext = self._put_together(plaintext, marks)
+        plaintext = self._plaintext(self._buffer[HEADER_BYTES : HEADER_BYTES + length], marks, open_bytes)
         self._digest.update(header)
         self._digest.update(tag)
         self._sequence += 1
         self._length, self._done = None, end
-        self.plaintext_bytes += len(plaintext)
         if self._kind is Kind.DATA:
-            return DataReceived(plaintext, self._coding if marks is None else Coding.PLAIN)
+            return DataReceived(plaintext)
         if self._kind is Kind.OPEN:
             return LaneOpened()
         self._closed = True
@@ -303,9 +313,55 @@ class RecordReader:
             return None
         return parse_marks(self._buffer[HEADER_BYTES : HEADER_BYTES + MARK_BYTES * self._marks])
 
+    def _open_bytes(self, marks: Marks, length: int) -> int:
+        """How much of the payload stands in front of its ciphertext."""
+        if self._coding is not Coding.MARKED_ZSTD:
+            return marks.open_bytes
+        at = HEADER_BYTES + marks.vector_bytes
+        opened = int.from_bytes(self._buffer[at : at + OPEN_LENGTH_BYTES], "big")
+        open_bytes = marks.vector_bytes + OPEN_LENGTH_BYTES + opened
+        if open_bytes > length:
+            raise self._fail("lane.malformed")
+        return open_bytes
+
+    def _plaintext(self, payload: memoryview, marks: Marks | None, open_bytes: int) -> memoryview:
+        """QEMU's bytes of a record that has opened."""
+        if self._coding is Coding.ZSTD:
+            return self._decompress(payload)
+        if marks is None:
+            return payload
+        if self._coding is Coding.MARKED_ZSTD:
+            payload = self._decompress_parts(payload, marks, open_bytes)
+        return self._put_together(payload, marks)
+
+    def _decompress(self, data: memoryview) -> memoryview:
+        if self._decompressor is None:
+            self._decompressor = RecordDecompressor()
+        try:  # rule 9
+            return self._decompressor.decompress(data)
+        except PeerError as error:
+            self._error = PeerError(error.code, f"record {self._sequence}: {error.detail}")
+            raise self._error from None
+
+    def _decompress_parts(self, payload: memoryview, marks: Marks, open_bytes: int) -> memoryview:
+        """The payload as it would stand in a record that was not compressed, but for the marks themselves."""
+        if not self._parts:
+            self._parts = memoryview(bytearray(RECORD_PAYLOAD_MAX))
+        opened, hidden = payload[marks.vector_bytes + OPEN_LENGTH_BYTES : open_bytes], payload[open_bytes:]
+        at = marks.vector_bytes
+        for part, most in ((opened, marks.open_bytes), (hidden, marks.vector_bytes + PIECE_MAX)):
+            plain = self._decompress(part) if part else part
+            if at + len(plain) > most:
+                raise self._fail("lane.malformed")
+            self._parts[at : at + len(plain)] = plain
+            at += len(plain)
+            if part is opened and at != marks.open_bytes:
+                raise self._fail("lane.malformed")
+        return self._parts[:at]
+
     def _put_together(self, payload: memoryview, marks: Marks) -> memoryview:
         codec = None if self._marks_allowed is None else self._marks_allowed.codec
-        piece_bytes = len(payload) - MARK_BYTES * len(marks.positions)
+        piece_bytes = len(payload) - marks.vector_bytes
         if why_not_marks(marks, piece_bytes, has_codec=codec is not None):  # rule 8
             raise self._fail("lane.malformed")
         if not self._piece:
