@@ -191,6 +191,13 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
             "try again in a minute; `limits.wishes_per_peer_per_minute` at the destination says how many",
             True,
         ),
+        "libvirt.refused": Entry(
+            "the source asked this host's libvirtd for what no migration of this domain needs",
+            "compare the versions of libvirt and of Sealane on both hosts; if they fit, somebody at the source tries more",
+        ),
+        "libvirt.malformed": Entry(
+            "what came for libvirtd is not libvirt's protocol", "compare the versions of libvirt on both hosts"
+        ),
         "pairing.code": Entry(
             "the pairing code is not the one that the other end shows",
             "type it again; after three wrong tries it is void, and `sealane pair` shows a new one",
@@ -299,6 +306,12 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
             "the destination's QEMU ended in mid-stream", "see the QEMU log at the destination"
         ),
         "migration.hook-failed": Entry("the switch-over hook said no", "see the hook's own output"),
+        "libvirt.missing": Entry(
+            "libvirt's binding for Python is not installed",
+            "install Debian's libvirt-dev, and then the extra: pip install 'sealane[libvirt]'; or move VMs by their QMP sockets",
+        ),
+        "libvirt.unreachable": Entry("libvirtd does not answer", "is libvirtd running? see `virsh list`", True),
+        "libvirt.failed": Entry("libvirt could not do it", "see the log of libvirtd at both hosts", True),
         "enclave.died": Entry("the enclave process ended", "see the agent's log", True),
         "enclave.unconfined": Entry(
             "the enclave's sandbox lacks what the configuration requires",

@@ -162,3 +162,11 @@ VTPM_BLOB_MAX: Final = 512 * KIB
 # What a VM's keeper may take: making a TPM needs seconds (two RSA keys), a TPM in the host some hundred ms a key.
 VTPM_START_TIMEOUT_S: Final = 60.0
 VTPM_ANSWER_TIMEOUT_S: Final = 15.0
+
+# One message of libvirt's protocol from another host: a domain's XML is some 10 KiB and comes twice in one, and libvirt itself
+# takes no string beyond 4 MiB (REMOTE_STRING_MAX).
+RPC_MESSAGE_MAX: Final = 4 * MIB
+# Typed parameters of a migration: libvirt has some 25, and takes 64 at most (REMOTE_DOMAIN_MIGRATE_PARAM_LIST_MAX).
+RPC_PARAMETERS_MAX: Final = 64
+# Calls that wait for libvirtd's reply: a migration makes one after the other.
+RPC_CALLS_WAITING_MAX: Final = 8

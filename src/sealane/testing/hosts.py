@@ -74,7 +74,8 @@ class BackgroundProcess:
 class SimulatedHost:
     """One host: `address` and `port` for its agent, `interface` between it and the others, private directories.
 
-    `namespace` is the path of its network namespace, or None in loopback mode.
+    `namespace` is the path of its network namespace, or None in loopback mode; `inside` the words that bring a command into
+    more namespaces than that, once there are some.
     """
 
     name: str
@@ -83,6 +84,7 @@ class SimulatedHost:
     interface: str
     directory: Path
     namespace: Path | None = None
+    inside: tuple[str, ...] = ()
     _started: list[BackgroundProcess] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
@@ -102,6 +104,8 @@ class SimulatedHost:
     @property
     def launcher(self) -> tuple[str, ...]:
         """The words before a command that bring it onto this host's network."""
+        if self.inside:
+            return self.inside
         return () if self.namespace is None else ("nsenter", f"--net={self.namespace}", "--")
 
     def environment(self) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""The libvirt driver: domains found and described, and libvirt's own migration protocol, filtered."""

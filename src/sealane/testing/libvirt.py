@@ -1,0 +1,210 @@
+"""Simulated hosts with a real libvirtd each, in network, mount, UTS, IPC and PID namespaces of their own.
+
+What libvirtd keeps lies in the host's own directories, bound over the system's; so does all of /run, with the directory of
+the migration sockets: libvirt uses one path at both ends. The first process of the PID namespace reaps what daemons leave,
+and dies with the test run; the kernel then ends all the others, QEMUs included. Needs root and Debian's
+libvirt-daemon-driver-qemu.
+"""
+
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from sealane.testing.accel import choose_accel
+from sealane.testing.hosts import BackgroundProcess, SimulatedHost, make_hosts, namespaces_work
+from sealane.testing.machine import Hardware, Workload
+from sealane.testing.packages import kernel
+from sealane.testing.problems import RigError
+from sealane.testing.qemu import QemuBinary, all_qemus
+
+URI: Final = "qemu:///system"
+# what libvirtd, QEMU and swtpm keep outside /run
+_PRIVATE: Final = (
+    "/etc/libvirt",
+    "/var/lib/libvirt",
+    "/var/cache/libvirt",
+    "/var/log/libvirt",
+    "/var/lib/swtpm-localca",
+    "/var/log/swtpm",
+)
+_HARDWARE: Final = Hardware()
+_WORKLOAD: Final = Workload()
+_DAEMON_CONF: Final = """\
+host_uuid = "{uuid}"
+auth_unix_ro = "none"
+auth_unix_rw = "none"
+listen_tls = 0
+listen_tcp = 0
+"""
+_QEMU_CONF: Final = """\
+security_driver = "none"
+cgroup_controllers = []
+stdio_handler = "file"
+namespaces = []
+remember_owner = 0
+user = "root"
+group = "root"
+dynamic_ownership = 0
+"""
+# libvirtd asks for its user before it reads which one it shall take; Debian's libvirt-daemon-system would make it
+_ACCOUNTS: Final = {
+    "passwd": "libvirt-qemu:x:64055:64055::/nonexistent:/usr/sbin/nologin",
+    "group": "libvirt-qemu:x:64055:",
+}
+
+
+def libvirtd_works() -> bool:
+    """Whether two libvirtd can be had on this machine."""
+    return namespaces_work() and shutil.which("libvirtd", path="/usr/sbin:/usr/bin:/sbin") is not None
+
+
+@dataclass
+class LibvirtHost:
+    """A simulated host with its libvirtd; `host` starts processes inside all of its namespaces."""
+
+    host: SimulatedHost
+    daemon: BackgroundProcess | None = None
+    _holder: BackgroundProcess | None = field(default=None, repr=False)
+
+    @property
+    def socket(self) -> Path:
+        """libvirtd's socket as seen from outside."""
+        return self._bound("/run") / "libvirt/libvirt-sock"
+
+    @property
+    def uri(self) -> str:
+        """A URI that reaches this host's libvirtd from outside its namespaces, as a test does."""
+        return f"qemu+unix:///system?socket={self.socket}"
+
+    def virsh(self, *words: str, check: bool = True) -> str:
+        """Run virsh(1) on this host; RigError with what it said where it fails and `check` is set."""
+        return self.host.run("virsh", "-q", "-c", URI, *words, check=check).stdout
+
+    def start_daemon(self) -> None:
+        """Start libvirtd and return when it answers."""
+        self.daemon = self.host.start("libvirtd")
+        self.daemon.wait_until(self._answers, "its socket")
+
+    def _answers(self) -> bool:
+        return self.socket.exists() and self.host.run("virsh", "-c", URI, "version", check=False).returncode == 0
+
+    def _bound(self, path: str) -> Path:
+        return self.host.directory / "bound" / path.strip("/").replace("/", "-")
+
+    def enter_namespaces(self) -> None:
+        """Make the namespaces, bind the private directories, and have all later processes start inside."""
+        binds = []
+        for path in (*_PRIVATE, "/run"):
+            private = self._bound(path)
+            private.mkdir(parents=True)
+            Path(path).mkdir(parents=True, exist_ok=True)
+            binds.append(f"mount --bind {private} {path}")
+        for name, line in _ACCOUNTS.items():
+            mine = self.host.directory / "bound" / name
+            system = Path("/etc") / name
+            mine.write_text(f"{system.read_text().rstrip()}\n{line}\n")
+            binds.append(f"mount --bind {mine} {system}")
+        for name in ("libvirt", "lock"):
+            (self._bound("/run") / name).mkdir()
+        etc = self._bound("/etc/libvirt")
+        (etc / "libvirtd.conf").write_text(_DAEMON_CONF.format(uuid=uuid.uuid5(uuid.NAMESPACE_DNS, self.host.name)))
+        (etc / "qemu.conf").write_text(_QEMU_CONF)
+        ready = self.host.scratch / "namespaces"
+        words = ["set -e", *binds, f"hostname {self.host.name}", f"echo ready > {ready}", "sleep infinity & wait"]
+        kinds = ("--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc")
+        self._holder = self.host.start("unshare", *kinds, "--", "sh", "-c", "\n".join(words))
+        self._holder.wait_until(ready.exists, "its namespaces")
+        self.host.inside = ("nsenter", f"--target={self._first_process()}", "--all", "--")
+
+    def _first_process(self) -> int:
+        assert self._holder is not None  # noqa: S101 - enter_namespaces has just started it
+        outer = self._holder.process.pid
+        children = Path(f"/proc/{outer}/task/{outer}/children").read_text().split()
+        if len(children) != 1:
+            raise RigError(f"unshare has children {children}")
+        return int(children[0])
+
+
+@dataclass(frozen=True)
+class DomainSpec:
+    """A guest of `sealane.testing.guest` as a libvirt domain."""
+
+    name: str = "domain"
+    hardware: Hardware = _HARDWARE
+    workload: Workload = _WORKLOAD
+    metadata: str = ""
+    devices: str = ""
+
+    def xml(self, host: LibvirtHost, qemu: QemuBinary | None = None) -> str:
+        """The domain's description for this host; its console goes to `console(host)`."""
+        emulator = qemu or find_emulator()
+        kind = choose_accel("auto", emulator).name
+        cpu = "<cpu mode='host-passthrough'/>" if kind == "kvm" else "<cpu mode='custom'><model>qemu64</model></cpu>"
+        return f"""\
+<domain type='{"kvm" if kind == "kvm" else "qemu"}'>
+  <name>{self.name}</name>
+  <uuid>{uuid.uuid5(uuid.NAMESPACE_DNS, self.name)}</uuid>
+  <metadata>{self.metadata}</metadata>
+  <memory unit='MiB'>{self.hardware.memory_mib}</memory>
+  <vcpu>{self.hardware.cpus}</vcpu>
+  <os>
+    <type arch='x86_64' machine='{self.hardware.machine}'>hvm</type>
+    <kernel>{kernel()}</kernel>
+    <initrd>{self.workload.initrd}</initrd>
+    <cmdline>{self.workload.command_line()}</cmdline>
+  </os>
+  {cpu}
+  <on_reboot>destroy</on_reboot>
+  <devices>
+    <emulator>{emulator.path}</emulator>
+    <serial type='file'><source path='/run/{self.name}.log' append='on'/><target port='0'/></serial>
+    <controller type='usb' model='none'/>
+    <memballoon model='none'/>
+    {self.devices}
+  </devices>
+</domain>
+"""
+
+    def console(self, host: LibvirtHost) -> Path:
+        """The serial console's file on this host, as seen from outside."""
+        return host.socket.parents[1] / f"{self.name}.log"
+
+
+def find_emulator() -> QemuBinary:
+    """The QEMU that libvirt takes: the system's, as libvirt 9.0 cannot talk to a QEMU of 2025."""
+    for each in all_qemus():
+        if each.source == "system":
+            return each
+    raise RigError("there is no system's QEMU here")
+
+
+@contextmanager
+def make_libvirt_hosts(names: Sequence[str] = ("host-a", "host-b")) -> Iterator[list[LibvirtHost]]:
+    """Hosts that reach one another, libvirtd up on each; all of it goes away at the end, also after a failure."""
+    if not libvirtd_works():
+        raise RigError(f"no libvirtd, or no right to make namespaces (uid {os.geteuid()})")
+    with ExitStack() as stack:
+        ends = []
+        for host in stack.enter_context(make_hosts(names, network="netns")):
+            end = LibvirtHost(host)
+            end.enter_namespaces()
+            end.start_daemon()
+            ends.append(end)
+        yield ends
+
+
+def domain_pid(host: LibvirtHost, name: str) -> int | None:
+    """QEMU's process id of a domain, inside the host's namespace; None where it has none."""
+    path = host.socket.parent / f"qemu/{name}.pid"
+    return int(path.read_text()) if path.exists() else None
+
+
+def migrate_plainly(source: LibvirtHost, name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """`virsh migrate` as it is, on the source host."""
+    return source.host.run("virsh", "-q", "-c", URI, "migrate", "--live", *words, name, check=False)
