@@ -27,6 +27,7 @@ COMMANDS = (
     "vm",
     "vtpm",
     "migrate",
+    "evacuate",
     "status",
     "cancel",
     "receipts",

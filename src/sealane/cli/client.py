@@ -147,21 +147,36 @@ class AgentClient:
         """The migration's events from its present state to its end; raises AgentGone where the stream breaks off before."""
         ended = False
         try:
+            for event in self._stream(f"/v1/migrations/{_segment(identity)}/events"):
+                ended = event.type == "end"
+                yield event
+        except AgentGone:
+            if not ended:
+                raise
+        if not ended:
+            raise AgentGone("agent.unreachable", "the agent closed the event stream before the migration's end")
+
+    def group_events(self, group: str) -> Iterator[Event]:
+        """The events of all migrations of a group that are under way, until the last one has ended."""
+        open_ids: set[str] = set()
+        for event in self._stream(f"/v1/groups/{_segment(group)}/events"):
+            (open_ids.discard if event.type == "end" else open_ids.add)(event.migration.id)
+            yield event
+        if open_ids:
+            raise AgentGone("agent.unreachable", "the agent closed the event stream before the migrations' ends")
+
+    def _stream(self, path: str) -> Iterator[Event]:
+        try:
             timeout = httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S)
-            with self._http.stream("GET", f"/v1/migrations/{_segment(identity)}/events", timeout=timeout) as answer:
+            with self._http.stream("GET", path, timeout=timeout) as answer:
                 if answer.is_error:
                     answer.read()
                     raise _problem(answer)
                 for line in answer.iter_lines():
                     if line:
-                        event = _event(line)
-                        ended = event.type == "end"
-                        yield event
+                        yield _event(line)
         except httpx.TransportError as error:
-            if not ended:
-                raise AgentGone("agent.unreachable", "the agent went away in mid-migration") from error
-        if not ended:
-            raise AgentGone("agent.unreachable", "the agent closed the event stream before the migration's end")
+            raise AgentGone("agent.unreachable", "the agent went away in mid-migration") from error
 
     def vtpm(self, name: str) -> VtpmView:
         """A VM's TPM."""

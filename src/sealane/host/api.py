@@ -334,6 +334,17 @@ def _add_migrations(app: FastAPI, agent: ApiAgent) -> None:
         agent.jobs.find(id)  # an unknown one is a 404, not an empty stream
         return StreamingResponse(_lines(agent.jobs.events(id)), media_type=NDJSON)
 
+    @app.get(
+        "/v1/groups/{group}/events",
+        tags=["migrations"],
+        summary="Watch the migrations of a group",
+        response_class=StreamingResponse,
+        responses={200: {"description": "One `Event` a line.", "content": {NDJSON: {"schema": {"type": "string"}}}}},
+    )
+    async def watch_group(group: str) -> StreamingResponse:
+        """Events of all migrations that were asked for with this `group` and are under way, until each has told its end."""
+        return StreamingResponse(_lines(agent.jobs.events_of_group(group)), media_type=NDJSON)
+
     @app.post("/v1/migrations/{id}/cancel", tags=["migrations"], summary="Cancel a migration", status_code=202)
     async def cancel_migration(id: str) -> Migration:
         """Ask a migration to end; the VM then runs on at the source. Too late once the hand-over has begun."""

@@ -208,9 +208,9 @@ class Job(ABC):
         if self.task:
             self.task.cancel()
 
-    def subscribe(self) -> Subscription:
-        """Events from now on; the first one tells the present state."""
-        subscription = Subscription()
+    def subscribe(self, subscription: Subscription | None = None) -> Subscription:
+        """Events from now on; the first one tells the present state. One subscription may hear several jobs."""
+        subscription = subscription or Subscription()
         subscription.push(Event(type="state", migration=self._migration))
         if self.ended.is_set():
             subscription.push(Event(type="end", migration=self._migration))
@@ -494,6 +494,22 @@ class Jobs:
                 yield event
         finally:
             job.unsubscribe(subscription)
+
+    async def events_of_group(self, group: str) -> AsyncIterator[Event]:
+        """The events of all migrations of a group, until each that is live has ended; first those that no job runs."""
+        jobs = [job for job in self.live if job.migration.group == group]
+        subscription = Subscription(ends=len(jobs))
+        for job in jobs:
+            job.subscribe(subscription)
+        try:
+            for migration in self.list():
+                if migration.group == group and migration.id not in self._live:
+                    yield Event(type="end", migration=migration)
+            async for event in subscription:
+                yield event
+        finally:
+            for job in jobs:
+                job.unsubscribe(subscription)
 
     def cancel(self, reference: str) -> Migration:
         """Ask a migration to end; raises `migration.over`, `migration.too-late`."""

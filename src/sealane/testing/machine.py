@@ -233,7 +233,8 @@ class GuestMachine:
         return self
 
     def _saved_state(self) -> Path:
-        words = [str(self.qemu.path), str(self.qemu.version), *self._devices()]
+        # its name is no part of a machine's state: guests that differ in nothing else share one
+        words = [str(self.qemu.path), str(self.qemu.version), *(word for word in self._devices() if word != self.name)]
         key = sha256("\0".join(words).encode()).hexdigest()[:20]
         forget_unused("warm-", days=14)
         directory = build_once(f"warm-{key}", self._save_state)
