@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 import sealane
-from sealane.errors import SealaneError, UsageError
+from sealane.errors import SealaneError, UsageError, make_error
 from sealane.host.callers import caller_of_uid
 from sealane.host.jobs import Jobs
 from sealane.host.models import (
@@ -343,6 +343,8 @@ def _add_migrations(app: FastAPI, agent: ApiAgent) -> None:
     )
     async def watch_group(group: str) -> StreamingResponse:
         """Events of all migrations that were asked for with this `group` and are under way, until each has told its end."""
+        if not any(migration.group == group for migration in agent.jobs.list()):
+            raise make_error("migration.unknown", f"no migration of a group {group!r}")
         return StreamingResponse(_lines(agent.jobs.events_of_group(group)), media_type=NDJSON)
 
     @app.post("/v1/migrations/{id}/cancel", tags=["migrations"], summary="Cancel a migration", status_code=202)
