@@ -22,7 +22,7 @@ HARDWARE = Hardware(memory_mib=128)
 # The guests tick seldom: eight of them share the machine's cores.
 WORKLOAD = Workload(fill_mib=16, tick_ms=250)
 # So slow that a copy lasts until it is cancelled.
-SLOW = 1 << 20
+SLOW = 1 << 18
 
 
 @dataclass
