@@ -4,6 +4,7 @@ from pathlib import Path
 
 from sealane.errors import CATALOGUE, SealaneError, family_of
 from sealane.host.config import documented_keys
+from sealane.host.metrics import METRICS
 
 DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
@@ -60,6 +61,13 @@ def configuration_table() -> str:
     return "\n".join(lines)
 
 
+def metrics_table() -> str:
+    """The metrics, for docs/metrics.md."""
+    lines = ["| metric | kind | labels | what it is |", "| --- | --- | --- | --- |"]
+    lines += [f"| `{name}` | {one.kind} | {one.labels or '-'} | {one.words} |" for name, one in METRICS.items()]
+    return "\n".join(lines)
+
+
 def with_generated(page: str, generated: str) -> str:
     """The page with what stands between the two marks replaced."""
     before, _, rest = page.partition(BEGIN)
@@ -74,10 +82,9 @@ def _sentence(family: type[SealaneError]) -> str:
 def main() -> None:
     """Write the pages."""
     (DOCS / "errors.md").write_text(errors_page(), encoding="utf-8")
-    configuration = DOCS / "configuration.md"
-    configuration.write_text(
-        with_generated(configuration.read_text(encoding="utf-8"), configuration_table()), encoding="utf-8"
-    )
+    for name, table in (("configuration.md", configuration_table()), ("metrics.md", metrics_table())):
+        page = DOCS / name
+        page.write_text(with_generated(page.read_text(encoding="utf-8"), table), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -255,3 +255,9 @@ async def test_a_process_that_notifies_excludes_a_second_one_and_ends_cleanly(pa
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             notify.close()
+
+
+async def test_metrics(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/metrics")
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert "sealane_peers 0.0" in answer.text

@@ -34,6 +34,7 @@ COMMANDS = (
     "hosts",
     "policy",
     "doctor",
+    "metrics",
     "inspect",
     "attest",
     "debug",

@@ -68,6 +68,10 @@ class AgentClient:
         """Who this agent is."""
         return self._one(Host, "GET", "/v1/host")
 
+    def metrics(self) -> str:
+        """What the agent counts, in Prometheus' text format."""
+        return self._ask("GET", "/metrics").text
+
     def vms(self) -> list[Vm]:
         """All VMs that the agent knows."""
         return _parsed(_VMS, self._ask("GET", "/v1/vms"))

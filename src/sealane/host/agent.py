@@ -10,6 +10,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, AsyncExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
@@ -26,6 +27,7 @@ from sealane.host.jobs import Job, Jobs
 from sealane.host.limits import least_rate
 from sealane.host.listener import PeerListener
 from sealane.host.logs import configure_logs
+from sealane.host.metrics import Metrics
 from sealane.host.migration.dialling import remove_socket_directories
 from sealane.host.migration.enclave_launcher import EnclaveLauncher
 from sealane.host.migration.source import SourceMigration
@@ -99,7 +101,8 @@ class Agent:
         self.identity = load_identity(paths)
         self.store = Store(paths.database)
         self.receipts = Receipts(paths.state, self.store, self.identity, self.identity.name)
-        self.jobs = Jobs(self.store, limits=settings.limits, issue=self.receipts.issue)
+        self.metrics = Metrics()
+        self.jobs = Jobs(self.store, limits=settings.limits, issue=self.receipts.issue, observer=self.metrics)
         self.peers = Peers(self.store)
         self.registry = Registry(self.store, paths.config / VMS_FILE, self.jobs)
         self.vtpms = Vtpms(paths, settings, self.store, self.registry.get)
@@ -107,6 +110,7 @@ class Agent:
         self.listener = make_listener(self)
         self.launcher = EnclaveLauncher(sandbox=settings.sandbox, user=settings.enclave_user)
         self.quoting = QuotingService(paths, settings.attestation)
+        self.metrics.look_at(_Facts(self))
         self._make_source = make_source
         self._stop = asyncio.Event()
         self._inspecting = asyncio.Semaphore(1)
@@ -323,6 +327,33 @@ class Agent:
         with contextlib.suppress(SealaneError):
             return self.registry.get(vm).qmp
         return None
+
+
+class _Facts:
+    """What the metrics look up in an agent."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    @property
+    def under_way(self) -> list[Migration]:
+        return self._agent.jobs.under_way
+
+    @property
+    def queue_length(self) -> int:
+        return self._agent.jobs.queue.waiting_count
+
+    @property
+    def peers_count(self) -> int:
+        return len(self._agent.peers.list())
+
+    @property
+    def last_receipt(self) -> int:
+        return self._agent.store.receipt_head()[0]
+
+    @property
+    def not_after(self) -> datetime:
+        return self._agent.identity.not_after
 
 
 class _ApiServer(uvicorn.Server):

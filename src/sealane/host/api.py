@@ -7,13 +7,15 @@ from typing import Annotated, Any, Final, Protocol
 import structlog
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 import sealane
 from sealane.errors import SealaneError, UsageError, make_error
 from sealane.host.callers import caller_of_uid
 from sealane.host.jobs import Jobs
+from sealane.host.metrics import MEDIA_TYPE as MEDIA_TYPE_OF_METRICS
+from sealane.host.metrics import Metrics
 from sealane.host.models import (
     Event,
     Host,
@@ -63,6 +65,7 @@ class ApiAgent(Protocol):
     peers: Peers
     jobs: Jobs
     pairing: PairingDesk
+    metrics: Metrics
     vtpms: Vtpms
 
     def describe(self) -> Host:
@@ -182,6 +185,17 @@ def _add_host(app: FastAPI, agent: ApiAgent) -> None:
     async def get_host() -> Host:
         """Name, version, fingerprint and address of this agent."""
         return agent.describe()
+
+    @app.get(
+        "/metrics",
+        tags=["host"],
+        summary="Metrics",
+        response_class=PlainTextResponse,
+        responses={200: {"description": "Prometheus' text format, 0.0.4.", "content": {"text/plain": {}}}},
+    )
+    async def get_metrics() -> Response:
+        """What this agent counts, for Prometheus; docs/metrics.md has the table."""
+        return Response(agent.metrics.exposition(), media_type=MEDIA_TYPE_OF_METRICS)
 
 
 def _add_vms(app: FastAPI, agent: ApiAgent) -> None:

@@ -440,6 +440,11 @@ class Jobs:
         return list(self._live.values())
 
     @property
+    def under_way(self) -> list[Migration]:
+        """The migrations that have not ended, in-doubt ones included."""
+        return [*(job.migration for job in self._live.values()), *self._left_over.values()]
+
+    @property
     def active_count(self) -> int:
         """How many migrations have not ended, in-doubt ones included."""
         return len(self._live) + len(self._left_over)
