@@ -5,6 +5,7 @@ from pathlib import Path
 from sealane.errors import CATALOGUE, SealaneError, family_of
 from sealane.host.config import documented_keys
 from sealane.host.metrics import METRICS
+from tests.cli.log_events import logs_table
 
 DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
@@ -85,6 +86,9 @@ def main() -> None:
     for name, table in (("configuration.md", configuration_table()), ("metrics.md", metrics_table())):
         page = DOCS / name
         page.write_text(with_generated(page.read_text(encoding="utf-8"), table), encoding="utf-8")
+    logs = DOCS / "logs.md"
+    text = logs.read_text(encoding="utf-8")
+    logs.write_text(with_generated(text, logs_table(text)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from sealane.host.config import documented_keys
 from sealane.host.models import VmDefinition
 from tests.cli.conftest import Run
 from tests.cli.generate_docs import DOCS, configuration_table, errors_page, families, with_generated
+from tests.cli.log_events import logs_table, told_in
 
 MAN = DOCS / "man" / "sealane.1"
 
@@ -73,6 +74,13 @@ def test_every_setting_is_documented() -> None:
         assert description, f"{key} has no description"
     for field in VmDefinition.model_fields:
         assert f"`vm.{field}`" in page
+
+
+def test_every_log_event_is_documented() -> None:
+    page = (DOCS / "logs.md").read_text(encoding="utf-8")
+    assert page == with_generated(page, logs_table(page)), "run: PYTHONPATH=. python -m tests.cli.generate_docs"
+    unexplained = [event for event, words in told_in(page).items() if words == "?"]
+    assert not unexplained, f"say in docs/logs.md when these are logged: {unexplained}"
 
 
 def test_every_command_and_option_is_in_the_manual_page() -> None:

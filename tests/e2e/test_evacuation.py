@@ -72,6 +72,8 @@ def fleet_of(count: int, settings: str = "") -> Iterator[Fleet]:
         for end in (pair.a, pair.b):
             if end.agent:
                 assert "Traceback" not in end.agent.output, end.agent.output[-4000:]
+                lines = [json.loads(line) for line in end.agent.output.splitlines() if line.startswith("{")]
+                assert not [line for line in lines if "vm" in line and "migration" not in line]
 
 
 def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:

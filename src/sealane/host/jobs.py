@@ -269,9 +269,10 @@ class Job(ABC):
             await self.admitted.wait()
             self.check_again()
             waited_s = round(time.monotonic() - since, 3)
-            self.log.info("a migration's turn has come", peer=self._migration.peer, waited_s=waited_s)
             self.journal(state="preparing", queue=None, detail="", waited_s=waited_s)
-        self.observer.begun(self._migration)
+        begun = self._migration
+        self.log.info("migration began", peer=begun.peer, waited_s=begun.waited_s, requested_by=begun.requested_by)
+        self.observer.begun(begun)
 
     def _end_overdue(self) -> None:
         self.log.warning("a migration takes too long", time_max_s=self.time_max_s)
@@ -348,6 +349,7 @@ class Jobs:
             raise PeerError("peer.message", "that migration id was used before")
         if not self.queue.enter(Wish(migration.id, migration.number, role, peer, turn)):
             place = self.queue.places()[migration.id]
+            _log.info("migration queued", migration=migration.id[:8], vm=vm, place=place.place, why=place.why)
             migration = migration.model_copy(update={"state": "queued", "queue": place, "detail": words_of(place)})
         try:
             job = make_job(migration)

@@ -131,7 +131,7 @@ class PeerListener:
             return
         reception = Reception(self._context, migration_id.hex(), self._admit)
         self._receptions[migration_id] = reception
-        task = asyncio.create_task(self._serve(reception, connection), name="reception")
+        task = asyncio.create_task(self._serve(migration_id, reception, connection), name="reception")
         self._beginning[migration_id] = task
         task.add_done_callback(functools.partial(self._begun, migration_id, connection))
         strangers = [
@@ -155,7 +155,10 @@ class PeerListener:
         if sum(each.peer_fingerprint == fingerprint for each in self._receptions.values()) >= most:
             raise PeerError("peer.busy", f"this host is at its limit of {most} migrations from one peer")
 
-    async def _serve(self, reception: Reception, connection: socket.socket) -> asyncio.Task[None] | None:
+    async def _serve(
+        self, migration_id: bytes, reception: Reception, connection: socket.socket
+    ) -> asyncio.Task[None] | None:
+        structlog.contextvars.bind_contextvars(migration=migration_id.hex()[:8])
         try:
             job = await reception.meet(connection)
         except SealaneError as error:
