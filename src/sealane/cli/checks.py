@@ -28,6 +28,7 @@ from sealane.host.policy import load_policy
 from sealane.host.receipts.verify import verify_chain
 from sealane.limits import GIB, KIB, MIB
 from sealane.paths import Paths
+from sealane.vtpm import swtpm
 
 Level = Literal["ok", "warning", "broken"]
 
@@ -38,6 +39,7 @@ _IDENTITY_WARNING_DAYS: Final = 30
 _SPACE_BROKEN: Final = 16 * MIB  # the journal's writes must not fail in mid-hand-over
 _SPACE_WARNING: Final = GIB // 4
 _RATE_PROBE_S: Final = 0.15
+_SWTPM_HANDS_OVER: Final = (0, 8, 0)
 
 
 @dataclass(frozen=True)
@@ -390,6 +392,24 @@ def _aead_rate() -> float:
     return count * len(record) / passed
 
 
+def check_vtpm(context: Context) -> Iterator[Finding]:
+    """Which swtpm is here for VMs with a TPM of their own, what it cannot do, and what the keys of their files are under."""
+    with contextlib.suppress(SealaneError):
+        found = swtpm.version()
+        limits = "" if found >= _SWTPM_HANDS_OVER else "; no hand-over of its lock on shared storage, which is not used"
+        yield Finding("swtpm", "ok", f"{'.'.join(map(str, found))}{limits}")
+        if "tpm2" in load_settings(context.paths.config).attestation.drivers:
+            yield Finding("vTPM keys", "ok", "sealed in the host's TPM")
+        else:
+            mend = "with a TPM in this host, add tpm2 to `attestation.drivers`"
+            yield Finding(
+                "vTPM keys", "ok", "in files of the agent's: whoever copies its state directory has them", mend
+            )
+        return
+    words_ = "not here, or older than 0.7.0: no VM with a TPM of its own can live here"
+    yield Finding("swtpm", "ok", words_, "for such VMs install swtpm, swtpm-tools")
+
+
 def check_tls(context: Context) -> Iterator[Finding]:
     """The TLS library, and the key exchange that two hosts like this one agree on."""
     with contextlib.suppress(SealaneError):
@@ -414,6 +434,7 @@ CHECKS: Final[dict[str, Check]] = {
     "directories": check_directories,
     "free space": check_space,
     "clock": check_clock,
+    "swtpm": check_vtpm,
     "configuration": check_configuration,
     "policy": check_policy,
     "receipts": check_receipts,

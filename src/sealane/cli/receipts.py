@@ -232,6 +232,9 @@ def _facts(said: Predicate) -> dict[str, str]:
         "took": " · ".join(spans),
         "on the wire": words.network_bytes(said.bytes.wire),
         "their receipt": None if said.peer_receipt is None else f"sha256:{said.peer_receipt}",
+        "TPM": None
+        if said.vtpm is None
+        else f"EK sha256:{said.vtpm.ek_sha256 or '-'} · state {said.vtpm.version} · counter {said.vtpm.counter}",
         "written": "at the agent's next start" if said.recovered else None,
     }
     return {label: value for label, value in facts.items() if value}

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sealane.crypto.dsse import ENVELOPE_BYTES_MAX, Envelope, EnvelopeMalformed, parse_envelope
 from sealane.errors import EvidenceError
-from sealane.host.models import Digest, Fingerprint, Migration, MigrationId, PeerTrust, PolicyDecision
+from sealane.host.models import Digest, Fingerprint, Migration, MigrationId, PeerTrust, PolicyDecision, VtpmFacts
 from sealane.seal.protect import readable_words
 
 PAYLOAD_TYPE: Final = "application/vnd.in-toto+json"
@@ -128,6 +128,7 @@ class Predicate(_Part):
     times: TimesPart
     bytes: BytesPart
     peer_receipt: Digest | None
+    vtpm: VtpmFacts | None = None
 
 
 class Subject(_Part):
@@ -200,6 +201,7 @@ def make_statement(
         },
         "bytes": {"wire": result.bytes_wire if result else migration.progress.bytes_wire},
         "peer_receipt": migration.peer_receipt,
+        "vtpm": None if migration.vtpm is None else migration.vtpm.model_dump(mode="json"),
     }
     return canonical(
         {
