@@ -8,6 +8,8 @@
  * counter  an NV counter, one more at each tick
  * secret   what a sealed object gives back, opened by a policy session that was authorised one tick before
  *
+ * The secret lies in an NV index too, which is a part of what the TPM keeps on its disk.
+ *
  * It ends with "TPM FAILED" and the command's name at the first command that does not succeed. The secret is the word
  * sealane.tpm_secret of the kernel's command line, in hex so that the command line never holds it in plain form.
  */
@@ -20,10 +22,12 @@
 
 enum {
 	NO_SESSIONS = 0x8001, SESSIONS = 0x8002,
-	CC_NV_DEFINE = 0x12a, CC_CREATE_PRIMARY = 0x131, CC_NV_INCREMENT = 0x134, CC_STARTUP = 0x144, CC_NV_READ = 0x14e,
+	CC_NV_DEFINE = 0x12a, CC_CREATE_PRIMARY = 0x131, CC_NV_INCREMENT = 0x134, CC_NV_WRITE = 0x137, CC_STARTUP = 0x144,
+	CC_NV_READ = 0x14e,
 	CC_CREATE = 0x153, CC_LOAD = 0x157, CC_UNSEAL = 0x15e, CC_FLUSH = 0x165, CC_POLICY_COMMAND = 0x16c,
 	CC_READ_PUBLIC = 0x173, CC_START_SESSION = 0x176, CC_POLICY_DIGEST = 0x189,
-	PASSWORD = 0x40000009, OWNER = 0x40000001, NONE = 0x40000007, EK = 0x81010001, COUNTER = 0x01500001,
+	PASSWORD = 0x40000009, OWNER = 0x40000001, NONE = 0x40000007, EK = 0x81010001, COUNTER = 0x01500001, PLACE = 0x01500002,
+	NV_DEFINED = 0x14c,
 	SHA256 = 0x0b, AES = 6, CFB = 0x43, ECC = 0x23, KEYED_HASH = 8, ALG_NULL = 0x10, P256 = 3,
 };
 
@@ -84,7 +88,7 @@ static void send_command(const char *name)
 	}
 	answered = (size_t)got;
 	code = read_number(6, 4);
-	if (code && strcmp(name, "startup")) {
+	if (code && strcmp(name, "startup") && code != NV_DEFINED) {
 		printf("TPM FAILED %s: %#x\n", name, code);
 		exit(1);
 	}
@@ -202,19 +206,33 @@ static uint32_t seal(uint32_t parent, const uint8_t *secret, size_t size)
 	return read_number(10, 4);
 }
 
-static void define_counter(void)
+/* An index read and written by its own (empty) authorization, outside of the lockout; it may be there from an earlier boot. */
+static void define(uint32_t index, uint32_t kind, size_t size)
 {
 	begin(SESSIONS, CC_NV_DEFINE);
 	number(OWNER, 4);
 	authorize(PASSWORD);
 	number(0, 2);
 	number(14, 2);
-	number(COUNTER, 4);
+	number(index, 4);
 	number(SHA256, 2);
-	number(0x00040014 | 0x02000000, 4);	/* a counter, read and written by its own (empty) authorization; no lockout */
+	number(0x02040004 | kind, 4);
 	number(0, 2);
-	number(8, 2);
+	number(size, 2);
 	send_command("nv-define");
+}
+
+static void keep(const uint8_t *secret, size_t size)
+{
+	define(PLACE, 0, size);
+	begin(SESSIONS, CC_NV_WRITE);
+	number(PLACE, 4);
+	number(PLACE, 4);
+	authorize(PASSWORD);
+	number(size, 2);
+	put(secret, size);
+	number(0, 2);
+	send_command("nv-write");
 }
 
 static uint64_t count(void)
@@ -275,7 +293,8 @@ int main(void)
 	send_command("startup");	/* the firmware has done it, perhaps */
 	key = create_primary();
 	sealed = seal(key, secret, size);
-	define_counter();
+	define(COUNTER, 0x10, 8);
+	keep(secret, size);
 	session = start_session(1);
 	allow_unseal(session);
 	for (unsigned tick = 1;; tick++) {
