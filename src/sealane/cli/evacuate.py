@@ -295,7 +295,7 @@ class Evacuation:
                     self.screen.show(self.departures, changed=departure)
 
     def _take_up_again(self) -> bool:
-        """Whether some are to be asked for once more: refused for a reason that passes, before a byte moved."""
+        """Whether some are to be asked for once more: what ended them passes."""
         again = [each for each in self.departures if self._may_try_again(each)]
         if not again:
             going = any(each.outcome == "going" for each in self.departures)
@@ -309,14 +309,12 @@ class Evacuation:
         return True
 
     def _may_try_again(self, departure: Departure) -> bool:
-        migration = departure.migration
-        moved = migration is not None and migration.progress.bytes_wire > 0
         return (
             departure.outcome == "stayed"
             and departure.code in PASSING
             and departure.rounds < ROUNDS_MAX
-            and not moved
             and not self.interrupts
+            and (departure.migration is None or departure.migration.runs_at == "source")
         )
 
     # Ctrl-C, and an agent that goes away
