@@ -108,6 +108,10 @@ def migrate(  # noqa: PLR0913 - one parameter for each option
             help="Seconds it may take, the queue left out; then it ends.",
         ),
     ] = None,
+    undefine_source: Annotated[
+        bool,
+        typer.Option("--undefine-source", help="A persistent domain of libvirt: forget it here once it runs there."),
+    ] = False,
     no_reduce: Annotated[
         bool,
         typer.Option("--no-reduce", help="Send every byte as it is, also over a line that is slower than this host."),
@@ -154,6 +158,7 @@ def migrate(  # noqa: PLR0913 - one parameter for each option
             give_up_after_s=give_up_after,
             throttle_max_percent=THROTTLE_MAX_PERCENT if max_throttle is None else max_throttle,
             reduce=not no_reduce,
+            undefine_source=undefine_source,
             protection=cast(Protection, protection),  # the model judges it
             i_know_this_is_weak=i_know_this_is_weak,
             priority=priority,

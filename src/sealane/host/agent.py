@@ -29,6 +29,7 @@ from sealane.host.listener import PeerListener
 from sealane.host.logs import configure_logs
 from sealane.host.metrics import Metrics
 from sealane.host.migration.dialling import remove_socket_directories
+from sealane.host.migration.domain_source import DomainSource
 from sealane.host.migration.enclave_launcher import EnclaveLauncher
 from sealane.host.migration.source import SourceMigration
 from sealane.host.models import (
@@ -58,6 +59,7 @@ from sealane.host.store import Store
 from sealane.host.vtpm import Vtpms
 from sealane.hypervisor.launch import trim_log
 from sealane.hypervisor.qmp import QmpMachine
+from sealane.libvirt.domains import is_domain
 from sealane.limits import QEMU_LOG_INTERVAL_S, RECOVERY_INTERVAL_S
 from sealane.paths import Paths
 from sealane.seal.protect import check_wanted
@@ -84,6 +86,13 @@ def _make_listener(agent: "Agent") -> Listener:
     return PeerListener(agent, agent.settings, agent.pairing.welcome)
 
 
+def _make_source(
+    agent: "Agent", request: MigrationRequest, vm: VmDefinition, peer: Peer, migration: Migration
+) -> SourceMigration:
+    kind = DomainSource if is_domain(vm.qmp) else SourceMigration
+    return kind(agent, request, vm, peer, migration)
+
+
 class Agent:
     """One host's agent. `run` is its whole life; `stop` ends it gracefully."""
 
@@ -93,7 +102,7 @@ class Agent:
         settings: Settings,
         *,
         make_listener: MakeListener = _make_listener,
-        make_source: MakeSource = SourceMigration,
+        make_source: MakeSource = _make_source,
     ) -> None:
         self.paths = paths
         self.settings = settings
@@ -104,7 +113,7 @@ class Agent:
         self.metrics = Metrics()
         self.jobs = Jobs(self.store, limits=settings.limits, issue=self.receipts.issue, observer=self.metrics)
         self.peers = Peers(self.store)
-        self.registry = Registry(self.store, paths.config / VMS_FILE, self.jobs)
+        self.registry = Registry(self.store, paths.config / VMS_FILE, self.jobs, libvirt=settings.libvirt)
         self.vtpms = Vtpms(paths, settings, self.store, self.registry.get)
         self.pairing = PairingDesk(self)
         self.listener = make_listener(self)
@@ -147,6 +156,7 @@ class Agent:
         Raises `vm.unknown`, `trust.unknown`, `trust.no-address`, `protection.weak`, `protection.not-allowed`, and what
         `Jobs.begin` does.
         """
+        await self.registry.domains.find()
         vm = self.registry.get(request.vm)
         peer = self.peers.get(request.host)
         if peer.address is None:

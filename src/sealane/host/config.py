@@ -205,6 +205,10 @@ class Settings(Model):
             description="The user that enclaves become where the agent is root; uid 60900 where the default does not exist.",
         ),
     ] = "sealane-enclave"
+    libvirt: Annotated[
+        tuple[Literal["qemu:///system", "qemu:///session"], ...],
+        Field(description="libvirtd whose domains are VMs here, where there is one; an empty list looks at none."),
+    ] = ("qemu:///system",)
     log: Annotated[
         Literal["auto", "json", "text"], Field(description="Log format; auto is text on a terminal and JSON elsewhere.")
     ] = "auto"

@@ -73,11 +73,12 @@ class VmDefinition(Model):
     """A VM as the user names it: its QMP socket here, and how to launch it to receive a migration here.
 
     `least_level` is the trust level that it asks of the other host, `labels` are words for policies, `vtpm` is the directory
-    where this host keeps the files of the VM's own TPM (none: it has none, or Sealane does not look after it).
+    where this host keeps the files of the VM's own TPM (none: it has none, or Sealane does not look after it). A domain of
+    libvirt has `libvirt:UUID:URI` in place of a socket; it is found, never registered.
     """
 
     name: Name
-    qmp: Annotated[str, Field(min_length=1, max_length=107, pattern=r"^/")]
+    qmp: Annotated[str, Field(min_length=1, max_length=107, pattern=r"^(/|libvirt:)")]
     launch_incoming: list[str] | None = None
     least_level: Annotated[int, Field(ge=0, le=4)] = 0
     labels: Labels = Field(default_factory=dict)
@@ -87,8 +88,8 @@ class VmDefinition(Model):
 class Vm(VmDefinition):
     """A VM and what is known of it now."""
 
-    driver: Literal["qmp"] = "qmp"
-    source: Literal["registered", "file"] = "registered"
+    driver: Literal["qmp", "libvirt"] = "qmp"
+    source: Literal["registered", "file", "libvirt"] = "registered"
     state: VmState
     memory_bytes: int | None = None
     cpus: int | None = None
@@ -142,6 +143,8 @@ class MigrationRequest(Model):
     progress for `give_up_after_s`; "auto-converge" lets QEMU slow the guest down, to `throttle_max_percent` at most,
     before that; "wait" never gives up.
 
+    `undefine_source`: a persistent domain of libvirt is forgotten here once it runs there.
+
     Where a limit is reached the migration waits: the higher `priority` goes first (None: the VM's own). At most `group_max`
     of those with the same `group` are in progress at once (0: as many as there are). After `time_limit_s` in progress, and
     the configuration's own limit, it is aborted.
@@ -157,6 +160,7 @@ class MigrationRequest(Model):
     give_up_after_s: Annotated[float, Field(gt=0, le=86_400)] = GIVE_UP_AFTER_S
     throttle_max_percent: Annotated[int, Field(ge=1, le=99)] = THROTTLE_MAX_PERCENT
     reduce: bool = True
+    undefine_source: bool = False
     protection: Protection = "sealed"
     i_know_this_is_weak: bool = False
     priority: Annotated[int, Field(ge=-100, le=100)] | None = None

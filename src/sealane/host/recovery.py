@@ -18,7 +18,8 @@ What cannot be settled now (a QEMU that does not answer) keeps its state and hol
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Final, cast
 
 import structlog
 
@@ -30,6 +31,8 @@ from sealane.host.registry import is_absent
 from sealane.host.store import JournalEntry, Store, utc_now
 from sealane.hypervisor.launch import destroy, start_time_ticks
 from sealane.hypervisor.qmp import QmpMachine
+from sealane.libvirt.domains import is_domain
+from sealane.libvirt.machine import destroy_incoming_domain, open_domain
 from sealane.limits import QMP_TIMEOUT_S
 from sealane.session.handover import ENDED
 
@@ -84,12 +87,14 @@ class Recovery:
         log.info("recovered", state=migration.state, runs_at=migration.runs_at, detail=migration.detail)
         return migration
 
-    def _machine(self, entry: JournalEntry) -> QmpMachine:
+    def _machine(self, entry: JournalEntry) -> AbstractAsyncContextManager[QmpMachine]:
         path = entry.qmp or self._find_qmp(entry.migration.vm)
         if path is None:
             missing = make_error("vm.unreachable", f"{entry.migration.vm} is not known here any more")
             missing.__cause__ = FileNotFoundError()
             raise missing
+        if is_domain(path):
+            return cast(AbstractAsyncContextManager[QmpMachine], open_domain(path))  # as far as it is used here
         return QmpMachine.connect(path, self._qmp_timeout_s)
 
     async def _reclaim(self, entry: JournalEntry) -> Migration:
@@ -131,7 +136,9 @@ class Recovery:
 
     async def _destroy(self, entry: JournalEntry) -> Migration:
         path = entry.qmp or self._find_qmp(entry.migration.vm)
-        if entry.launched:
+        if path and is_domain(path):
+            await destroy_incoming_domain(path, entry.migration.state)
+        elif entry.launched:
             await destroy(entry.launched.pid, entry.launched.start_time_ticks, qmp_path=path)
         elif path:
             await self._destroy_unjournalled(path)

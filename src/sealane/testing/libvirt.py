@@ -9,17 +9,23 @@ libvirt-daemon-driver-qemu.
 import os
 import shutil
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from sealane.crypto.identity import create_identity, save_identity
+from sealane.host.config import AGENT_FILE
 from sealane.testing.accel import choose_accel
+from sealane.testing.console import ConsoleLog
 from sealane.testing.hosts import BackgroundProcess, SimulatedHost, make_hosts, namespaces_work
-from sealane.testing.machine import Hardware, Workload
+from sealane.testing.machine import POLL_S, Hardware, Workload
 from sealane.testing.packages import kernel
+from sealane.testing.pair import AgentHost, HostPair
 from sealane.testing.problems import RigError
 from sealane.testing.qemu import QemuBinary, all_qemus
 
@@ -175,6 +181,15 @@ class DomainSpec:
         """The serial console's file on this host, as seen from outside."""
         return host.socket.parents[1] / f"{self.name}.log"
 
+    def wait_ticks(self, host: LibvirtHost, count: int, *, timeout_s: float = 60.0) -> None:
+        """Wait for `count` more ticks of the guest on this host; RigError where they do not come."""
+        console = ConsoleLog(self.console(host))
+        wanted, deadline = len(console.ticks) + count, time.monotonic() + timeout_s
+        while len(console.ticks) < wanted:
+            if time.monotonic() > deadline:
+                raise RigError(f"{self.name} stands still on {host.host.name} after tick {console.last_tick}")
+            time.sleep(POLL_S)
+
 
 def find_emulator() -> QemuBinary:
     """The QEMU that libvirt takes: the system's, as libvirt 9.0 cannot talk to a QEMU of 2025."""
@@ -208,3 +223,39 @@ def domain_pid(host: LibvirtHost, name: str) -> int | None:
 def migrate_plainly(source: LibvirtHost, name: str, *words: str) -> subprocess.CompletedProcess[str]:
     """`virsh migrate` as it is, on the source host."""
     return source.host.run("virsh", "-q", "-c", URI, "migrate", "--live", *words, name, check=False)
+
+
+@dataclass
+class LibvirtPair:
+    """Two hosts with libvirtd and an agent each, the agents trusting each other."""
+
+    libvirts: tuple[LibvirtHost, LibvirtHost]
+    pair: HostPair
+
+    def start_domain(self, spec: DomainSpec, at: LibvirtHost, *, persistent: bool = False) -> None:
+        """Start the guest and wait until it works."""
+        file = at.host.scratch / f"{spec.name}.xml"
+        file.write_text(spec.xml(at))
+        if persistent:
+            at.virsh("define", str(file))
+            at.virsh("start", spec.name)
+        else:
+            at.virsh("create", str(file))
+        spec.wait_ticks(at, 1)
+
+
+@contextmanager
+def make_libvirt_pair(settings: str = "") -> Iterator[LibvirtPair]:
+    """Two libvirtd and two agents; everything goes away at the end."""
+    with make_libvirt_hosts() as (first, second):
+        ends = []
+        for each in (first, second):
+            identity = create_identity(each.host.name, now=datetime.now(UTC), lifetime_days=30)
+            save_identity(each.host.paths, identity)
+            (each.host.paths.config / AGENT_FILE).write_text(settings)
+            end = AgentHost(each.host, identity)
+            end.start_agent()
+            ends.append(end)
+        ends[0].trust(ends[1])
+        ends[1].trust(ends[0])
+        yield LibvirtPair((first, second), HostPair(*ends))

@@ -175,7 +175,7 @@ def a_reception(store: Store) -> Reception:
 def a_prepare(epoch: int) -> messages.Prepare:
     return messages.Prepare(
         vm="web01", uuid="u", qemu_version=(10, 0, 0), machine_type="q35", memory_bytes=1, cpus=1, capabilities=[],
-        multifd_channels=0, epoch=epoch, vtpm=None,
+        multifd_channels=0, epoch=epoch, vtpm=None, domain=None,
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ PREPARE = Prepare(
     multifd_channels=None,
     epoch=0,
     vtpm=None,
+    domain=None,
 )
 MESSAGES: list[Message] = [
     PREPARE,

@@ -47,11 +47,12 @@ from sealane.host.migration.vtpm_steps import vtpm_abandoned, vtpm_taken
 from sealane.host.models import Migration, Name, Progress, Protection, Result, VmDefinition
 from sealane.host.problems import problem_of
 from sealane.host.quoting import incoming_binaries
-from sealane.host.registry import PROBE_TIMEOUT_S, is_absent
+from sealane.host.registry import PROBE_TIMEOUT_S, Registry, is_absent
 from sealane.host.store import utc_now
 from sealane.hypervisor.driver import MigrationParameters
 from sealane.hypervisor.launch import LaunchedMachine, destroy, last_words, launch_incoming
 from sealane.hypervisor.qmp import QmpMachine
+from sealane.libvirt.domains import address_of
 from sealane.limits import (
     CHANNEL_ANSWER_TIMEOUT_S,
     HANDSHAKE_TIMEOUT_S,
@@ -164,17 +165,14 @@ class Reception:
             raise make_error(
                 "attest.migration", f"the peer attested for {met.vm} and wants to send another VM or epoch"
             )
-        try:
-            vm = self._context.registry.get(prepare.vm)
-        except SealaneError:
-            raise ControlError("check.vm-unknown", f"this host knows no VM {prepare.vm}") from None
-        if not vm.launch_incoming:
+        vm = self._known(prepare) if prepare.domain is None else incoming_domain(prepare, self._context.registry)
+        if not vm.launch_incoming and prepare.domain is None:
             raise ControlError("check.no-launch", f"{prepare.vm} has no launch command here")
         if (known := self._context.store.epoch(vm.name)) > prepare.epoch:
             words = f"{vm.name} would come with epoch {prepare.epoch + 1}, and {known} was here already"
             raise ControlError("handover.refused", words)
         return self._context.jobs.begin(
-            lambda migration: DestinationMigration(self._context, self, enclave, met, prepare, vm, migration),
+            lambda migration: make_destination(prepare)(self._context, self, enclave, met, prepare, vm, migration),
             vm=vm.name,
             role="destination",
             peer=met.peer_name,
@@ -182,6 +180,12 @@ class Reception:
             qmp=vm.qmp,
             protection=cast(Protection, met.protection),  # the enclave judged it by our own list
         )
+
+    def _known(self, prepare: messages.Prepare) -> VmDefinition:
+        try:
+            return self._context.registry.get(prepare.vm)
+        except SealaneError:
+            raise ControlError("check.vm-unknown", f"this host knows no VM {prepare.vm}") from None
 
     def expect_lanes(self, tokens: LaneTokens) -> None:
         """From now on these lanes are let in, each once."""
@@ -200,6 +204,30 @@ class Reception:
         except SealaneError:
             return True
         return True
+
+
+def incoming_domain(prepare: messages.Prepare, registry: Registry) -> VmDefinition:
+    """The domain of libvirt that wants to come, as this host's policy sees it: what the source says of it, unless a VM of that
+    name is known here. Raises `check.vm-unknown` where that one is no domain, or another one.
+    """
+    assert prepare.domain is not None  # noqa: S101 - the caller looked
+    address = address_of(prepare.uuid, prepare.domain.uri)
+    known = registry.definitions().get(prepare.vm)
+    if known is None:
+        wish = prepare.domain
+        return VmDefinition(name=prepare.vm, qmp=address, least_level=wish.least_level, labels=wish.labels)
+    if known[0].qmp != address:
+        raise ControlError("check.vm-unknown", f"the VM that is called {prepare.vm} here is another one")
+    return known[0]
+
+
+def make_destination(prepare: messages.Prepare) -> type["DestinationMigration"]:
+    """The job for the kind of VM that comes."""
+    if prepare.domain is None:
+        return DestinationMigration
+    from sealane.host.migration.domain_destination import DomainDestination  # noqa: PLC0415 - which is built on this
+
+    return DomainDestination
 
 
 async def _turn_away(enclave: EnclaveProcess, error: BaseException) -> None:

@@ -19,7 +19,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from sealane.errors import PeerError, printable
-from sealane.host.models import Name, VtpmFacts
+from sealane.host.models import Labels, Name, VtpmFacts
+from sealane.libvirt.domains import DomainUri
 from sealane.limits import CHANNEL_MESSAGE_MAX, LANES_MAX
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -36,8 +37,19 @@ class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class DomainWish(_Message):
+    """The VM is a domain of libvirt: of which libvirtd, and what its metadata says for policies, as the source has it."""
+
+    uri: DomainUri
+    least_level: Annotated[int, Field(ge=0, le=4)]
+    labels: Labels
+
+
 class Prepare(_Message):
-    """The VM that wants to come; `multifd_channels` None leaves the number to the destination. `vtpm`: it brings a TPM."""
+    """The VM that wants to come; `multifd_channels` None leaves the number to the destination. `vtpm`: it brings a TPM.
+
+    A `domain` brings its own description to the destination's libvirtd, so that the destination need not know the VM.
+    """
 
     kind: Literal["prepare"] = "prepare"
     vm: Name
@@ -50,6 +62,7 @@ class Prepare(_Message):
     multifd_channels: Channels | None
     epoch: Annotated[int, Field(ge=0, le=EPOCH_MAX)]
     vtpm: VtpmFacts | None
+    domain: DomainWish | None
 
 
 class Prepared(_Message):

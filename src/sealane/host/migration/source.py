@@ -213,6 +213,7 @@ class SourceMigration(Job):
             multifd_channels=self._request.multifd_channels,
             epoch=self.store.epoch(self._vm.name),
             vtpm=self._context.vtpms.facts(self._vm),
+            domain=None,
         )
         self.update(vtpm=prepare.vtpm)
         self.update(detail=f"{self._peer.name} prepares")
