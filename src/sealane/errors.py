@@ -123,6 +123,9 @@ _NETWORK = "look at the network between the hosts: something on it changed, repe
 _RELAYED = "find out who stands between the hosts: somebody passes on what was meant for others"
 _SOFTWARE = "compare the versions on both hosts; if the change is meant, renew the reference values"
 
+_CA_JOIN = "let the peer join the CA again: `sealane ca invite` on the CA's host, `sealane ca join` there"
+_CA_STOLEN = "look into it: who shows it may hold the CA's key"
+
 _STREAM = "compare the QEMU versions of both hosts, and see QEMU's own log at the source"
 
 _TPM_STATE = "the VM runs on at the source; find out what stands between QEMU and its TPM on either host"
@@ -209,6 +212,39 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
             "what the other end showed does not belong to it",
             "somebody may stand between the hosts: pair over another network, or compare fingerprints by hand",
         ),
+        "ca.malformed": Entry("what the peer shows is no host certificate of a CA", _CA_JOIN),
+        "ca.not-a-host": Entry("a CA's certificate was shown in place of a host's", _CA_STOLEN),
+        "ca.key": Entry("the host certificate is over another key than the peer's", _CA_JOIN),
+        "ca.unknown": Entry(
+            "no CA that this host trusts has signed the peer's host certificate",
+            "see `sealane ca status` on both hosts: they have to belong to one CA",
+        ),
+        "ca.authority-over": Entry(
+            "the CA's own certificate is not valid now", "make a new CA, and let the hosts join"
+        ),
+        "ca.not-yet-valid": Entry("the peer's host certificate is not valid yet", "set the clocks of both hosts"),
+        "ca.expired": Entry(
+            "the peer's host certificate has expired",
+            "see `sealane ca status` there: its agent renews it where the CA's host answers",
+            True,
+        ),
+        "ca.revoked": Entry(
+            "the CA has revoked the peer", "if that is not meant: `sealane ca approve` on the CA's host"
+        ),
+        "ca.list": Entry("the CA's revocation list is missing or not good", "run `sealane ca renew` on this host"),
+        "ca.list-stale": Entry(
+            "the CA's revocation list is too old to rely on",
+            "is the CA's host up? `sealane ca renew` fetches a new one; `authority.stale_list` says what is accepted",
+            True,
+        ),
+        "ca.name": Entry("the CA vouches for this peer under another name", "see `sealane ca list` on the CA's host"),
+        "ca.level": Entry(
+            "the CA found the peer at a lower level than this host wants",
+            "see `sealane ca list` on the CA's host for what it found",
+        ),
+        "ca.not-enrolled": Entry(
+            "the CA does not know this host", "run `sealane ca invite` on the CA's host, and `sealane ca join` here"
+        ),
         "lane.integrity": Entry("a record did not open: it was changed on the way", _NETWORK),
         "lane.replay": Entry("a record came a second time", _NETWORK),
         "lane.reordered": Entry("a record came out of order, or one is missing", _NETWORK),
@@ -235,6 +271,10 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         "attest.host-unknown": Entry(
             "no reference value vouches for the hardware that gave the evidence",
             "add the host's attestation key to the reference values, after its TPM has proved it (docs/attestation.md)",
+        ),
+        "attest.hardware-changed": Entry(
+            "the peer shows other hardware than when it was paired or enrolled, or none",
+            "where its TPM was replaced on purpose: `sealane trust remove` and pair again, or let it join its CA again",
         ),
         "attest.test-root": Entry(
             "the peer's evidence rests on a test root, which this host does not accept",
@@ -272,6 +312,10 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
             "if the change is meant, restart the agent, which measures anew",
         ),
         "host.identity-missing": Entry("this host has no identity", "run `sealane init`"),
+        "ca.locked": Entry(
+            "the CA's key cannot be opened",
+            "give its passphrase: --passphrase-file, or `authority.passphrase_file` for the agent",
+        ),
         "host.store": Entry(
             "the journal cannot be read or written", "look at the free space and the permissions of the state directory"
         ),
@@ -342,6 +386,9 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         "trust.no-address": Entry(
             "the peer has no address", "add one: `sealane trust add NAME FINGERPRINT --address HOST`"
         ),
+        "ca.exists": Entry("this host has a CA, or belongs to one, already", "see `sealane ca status`"),
+        "ca.none": Entry("this host has no CA, or belongs to none", "see `sealane ca status` and `sealane ca --help`"),
+        "ca.host-unknown": Entry("the CA knows no host of that name", "see `sealane ca list`"),
         "pairing.over": Entry(
             "the pairing is over: paired, cancelled, expired, or tried in vain too often",
             "run `sealane pair` again for a new code",

@@ -46,6 +46,16 @@ class Paths:
         """The host's self-signed certificate (PEM)."""
         return self.state / "identity.crt"
 
+    @property
+    def authority(self) -> Path:
+        """On a CA's host: its key, its certificate, and what it knows of the fleet."""
+        return self.state / "ca"
+
+    @property
+    def membership(self) -> Path:
+        """On a host of a fleet: the CA's certificate and list, this host's certificate, the other hosts."""
+        return self.state / "fleet"
+
     def environment(self) -> dict[str, str]:
         """The variables that point another process at the same directories."""
         return {

@@ -406,6 +406,7 @@ async def test_real_enclaves_of_strangers_are_bounded_and_all_gone_afterwards() 
         settings=Settings(),
         registry=SimpleNamespace(definitions=dict),
         quoting=SimpleNamespace(connect=lambda pid, binaries: quoting_line(DESTINATION)[0]),
+        membership=SimpleNamespace(introduction=dict),
     )
     context = cast(MigrationContext, facts)
     port = Port(PeerListener(context, Settings(listen="127.0.0.1", port=0)), [])

@@ -73,13 +73,14 @@ def channel(role: Role, **changes: Any) -> Channel:
     """One end with the usual facts, some of them changed."""
     own, peer = (SOURCE, DESTINATION) if role == "source" else (DESTINATION, SOURCE)
     identity = changes.pop("identity", own)
+    fleet = {name: changes.pop(name) for name in ("vouchers", "host_certificate") if name in changes}
     facts = {
         "migration": MIGRATION,
         "trusted": {peer.fingerprint: peer.name},
         "protection": "sealed",
         "cipher": CIPHER_NAME,
         "now": NOW,
-        "attestor": Attestor(SUBJECT if role == "source" else None, judge),
+        "attestor": Attestor(SUBJECT if role == "source" else None, judge, **fleet),
     }
     return Channel(identity, role=role, **{**facts, **changes})
 

@@ -211,6 +211,6 @@ def test_a_slip_is_recognised() -> None:
 
 def test_an_offer_too_large_is_our_own_fault() -> None:
     inviter = end("inviter", A)
-    inviter._offer = replace(inviter._offer, endorsements={"ek": "A" * 40_000})
+    inviter._offer = replace(inviter._offer, endorsements={"ek": "A" * 70_000})
     with pytest.raises(SealaneError, match=r"internal\.error"):
         run(inviter, end("joiner", B))

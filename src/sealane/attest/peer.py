@@ -59,7 +59,10 @@ class Expectations(BaseModel):
 
 @dataclass(frozen=True)
 class PeerJudge:
-    """Appraises one peer, known by the name and the key of its certificate (SHA-256 of the SubjectPublicKeyInfo)."""
+    """Appraises one peer, known by the name and the key of its certificate (SHA-256 of the SubjectPublicKeyInfo).
+
+    `introduced` is what the peer showed when it was paired or enrolled; a reference file that names the peer goes before it.
+    """
 
     name: str
     key_digest: str
@@ -67,6 +70,7 @@ class PeerJudge:
     expectations: Expectations
     reference: Reference = NO_REFERENCE
     collateral: Mapping[str, bytes] | None = None
+    introduced: Reference | None = None
 
     def check_shown(self, evidence: Mapping[str, bytes], report_data: bytes) -> None:
         """Refuse at once what no log could mend: signatures, binding, host, roots. Raises AttestationRejected."""
@@ -74,17 +78,38 @@ class PeerJudge:
         reference = self._reference(report_data)
         if reference.tpm is not None:
             bare["tpm"] = reference.tpm.model_copy(update={"pcrs": None})
-        _accept(self.name, self._verdict(evidence, reference.model_copy(update=bare)))
+        verdict = self._verdict(evidence, reference.model_copy(update=bare))
+        self._check_hardware(verdict)
+        _accept(self.name, verdict)
 
     def appraise(self, evidence: Mapping[str, bytes], report_data: bytes) -> Verdict:
         """Everything together. Raises AttestationRejected."""
         verdict = self._verdict(evidence, self._reference(report_data))
+        self._check_hardware(verdict)
         _accept(self.name, verdict)
         return verdict
 
+    @property
+    def _own(self) -> Reference | None:
+        """What counts of the introduction."""
+        named = self.reference.peers is not None and self.name in self.reference.peers
+        return None if named else self.introduced
+
+    def _check_hardware(self, verdict: Verdict) -> None:
+        """A host that was introduced with its hardware shows that hardware again: another one, or none, is another host."""
+        known = set(self._own.hosts or ()) if self._own is not None else set()
+        shown = {name for one in verdict.appraisals for name in one.facts.get("host", [])}
+        if known and not shown & known and not _is_unbound(verdict):
+            said = ", ".join(sorted(shown))[:200] or "none"
+            raise AttestationRejected(
+                "attest.hardware-changed", f"{self.name} was introduced with other hardware: {said}"
+            )
+
     def _reference(self, report_data: bytes) -> Reference:
         bound = {"user_data": report_data.hex(), "identity_key": self.key_digest}
-        return self.expectations.applied_to(self.reference.for_peer(self.name)).model_copy(update=bound)
+        own = self._own
+        reference = self.reference.for_peer(self.name) if own is None else self.reference.with_own(own)
+        return self.expectations.applied_to(reference).model_copy(update=bound)
 
     def _verdict(self, evidence: Mapping[str, bytes], reference: Reference) -> Verdict:
         material = Material()
@@ -94,6 +119,11 @@ class PeerJudge:
             return appraise(material, reference, now=self.clock())
         except EvidenceError as error:
             raise AttestationRejected("attest.refused", f"{self.name}: {error.detail}") from error
+
+
+def _is_unbound(verdict: Verdict) -> bool:
+    """Evidence of another channel says nothing of the peer's hardware."""
+    return any(reason.code in _CODES[0][1] for reason in verdict.reasons)
 
 
 def _accept(name: str, verdict: Verdict) -> None:

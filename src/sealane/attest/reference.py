@@ -140,6 +140,23 @@ class Reference(_Strict):
         """With `peers`, only this peer's hardware counts as its own; a peer that is not listed has none."""
         return self if self.peers is None else self.model_copy(update={"hosts": self.peers.get(name, [])})
 
+    def with_own(self, own: "Reference") -> "Reference":
+        """For a peer that was introduced, by pairing or by a CA: what it showed then, where this file does not say otherwise.
+
+        That software TPMs among its keys count is then the settings' to say alone (`accepted_test_roots`).
+        """
+        mine, its = self.tpm or TpmReference(), own.tpm or TpmReference()
+        pcrs = its.pcrs if mine.pcrs is None else mine.pcrs
+        return self.model_copy(
+            update={
+                "hosts": own.hosts,
+                "tpm": TpmReference(keys=[*mine.keys, *its.keys], pcrs=pcrs),
+                "ima": own.ima if self.ima is None else self.ima,
+                "platform": own.platform if self.platform is None else self.platform,
+                "accept_test_roots": True,
+            }
+        )
+
     @property
     def wanted(self) -> Level:
         """`minimum_level` as a level."""
@@ -170,6 +187,25 @@ def parse_reference(data: bytes, *, key: bytes | None = None) -> Reference:
     elif key is not None:
         raise EvidenceError("attest.reference-signature", "a key was given and the file is not signed")
     return _validated(value)
+
+
+def parse_introduced(data: bytes, *, hardware_keys: frozenset[str] = frozenset()) -> Reference:
+    """What a host showed of itself when it was introduced: its keys, its boot, its software, and nothing else.
+
+    A key counts as a hardware TPM's only where this host has seen that itself (`hardware_keys`, digests). Raises EvidenceError.
+    """
+    own = parse_reference(data)
+    keys = [] if own.tpm is None else own.tpm.keys
+    judged = [
+        one.model_copy(update={"root": "hardware" if one.digest in hardware_keys else "software"}) for one in keys[:4]
+    ]
+    return Reference(
+        version=1,
+        hosts=None if own.hosts is None else own.hosts[:8],
+        tpm=None if own.tpm is None else TpmReference(keys=judged, pcrs=own.tpm.pcrs),
+        ima=own.ima,
+        platform=own.platform,
+    )
 
 
 def open_envelope(envelope: dict[str, Any], key: bytes) -> bytes:

@@ -24,6 +24,7 @@ COMMANDS = (
     "agent",
     "pair",
     "trust",
+    "ca",
     "vm",
     "vtpm",
     "migrate",

@@ -12,6 +12,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from sealane.errors import ControlError, HostError, InternalError, SealaneError, make_error
 from sealane.host.models import (
     Event,
+    FleetStatus,
     Host,
     Migration,
     MigrationRequest,
@@ -104,9 +105,9 @@ class AgentClient:
         """Trust a host no longer; raises `trust.unknown`."""
         self._ask("DELETE", f"/v1/peers/{_segment(name)}")
 
-    def invite(self) -> PairingStatus:
-        """Have the agent show a pairing code."""
-        return self._one(PairingStatus, "POST", "/v1/pairing")
+    def invite(self, purpose: str = "pairing") -> PairingStatus:
+        """Have the agent show a code for pairing, or for joining its CA (`enrolment`)."""
+        return self._one(PairingStatus, "POST", f"/v1/pairing?purpose={purpose}")
 
     def pairing(self) -> PairingStatus:
         """How the invitation stands; raises `pairing.over` where there was none."""
@@ -119,6 +120,18 @@ class AgentClient:
     def join(self, request: PairingRequest) -> PairingStatus:
         """Pair with the host that shows this code."""
         return self._one(PairingStatus, "POST", "/v1/pairing/join", request)
+
+    def join_fleet(self, request: PairingRequest) -> PairingStatus:
+        """Join the CA whose host shows this code."""
+        return self._one(PairingStatus, "POST", "/v1/fleet/join", request)
+
+    def fleet(self) -> FleetStatus:
+        """How the host stands with its CA; raises `ca.none`."""
+        return self._one(FleetStatus, "GET", "/v1/fleet")
+
+    def renew(self) -> FleetStatus:
+        """Have the CA appraise the host now; raises what the CA says."""
+        return self._one(FleetStatus, "POST", "/v1/fleet/renew")
 
     def check_policy(self, question: PolicyQuestion) -> PolicyAnswer:
         """What the agent's policy says to a move; raises `vm.unknown`, `trust.unknown`, `policy.broken`."""

@@ -41,7 +41,11 @@ def pair(
     if host is not None and code is None:
         raise UsageError("usage.argument", "the code is missing", mend="run `sealane pair` there; it shows one")
     with AgentClient() as agent:
-        status = _invite(agent, out) if host is None else _join(agent, host, code or "", out)
+        if host is None:
+            status = show_code(agent, out, agent.invite(), "sealane pair")
+        else:
+            out.detail(f"asking {host}")
+            status = agent.join(pairing_request(host, code or ""))
     out.object(status.model_dump(mode="json"))
     if status.problem is not None or status.peer is None:
         problem = status.problem
@@ -52,12 +56,12 @@ def pair(
     out.line(f"  If the other screen shows anything else: sealane trust remove {status.peer.name}")
 
 
-def _invite(agent: AgentClient, out: Output) -> PairingStatus:
-    status = agent.invite()
+def show_code(agent: AgentClient, out: Output, status: PairingStatus, words_there: str) -> PairingStatus:
+    """Show the code that the agent made, and wait for what becomes of it; Ctrl-C voids it."""
     own = agent.host()
     out.object(status.model_dump(mode="json"))
     say = out.note if out.quiet else out.line
-    say(f"On the other host:  sealane pair {own.name} {status.code}      (waits 10 minutes)")
+    say(f"On the other host:  {words_there} {own.name} {status.code}      (waits 10 minutes)")
     out.detail(
         f"  {own.name} stands for this host's address, with its port where it is not the usual one: {own.listen}"
     )
@@ -74,12 +78,11 @@ def _invite(agent: AgentClient, out: Output) -> PairingStatus:
     return status
 
 
-def _join(agent: AgentClient, host: str, code: str, out: Output) -> PairingStatus:
+def pairing_request(host: str, code: str) -> PairingRequest:
+    """What the agent is asked; raises `usage.argument`."""
     address, port = words.parse_address(host)
     try:
-        request = PairingRequest(host=address, port=port, code=code)
+        return PairingRequest(host=address, port=port, code=code)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise UsageError("usage.argument", f"{first['loc'][0]} does not fit: {first['msg']}") from error
-    out.detail(f"asking {address} port {port}")
-    return agent.join(request)

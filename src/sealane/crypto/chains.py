@@ -90,6 +90,7 @@ class RevocationList:
     next_update: datetime | None
     serials: frozenset[int] = field(repr=False)
     indirect_or_partial: bool
+    number: int | None = None
 
     def verify_issued_by(self, issuer: Certificate) -> None:
         """Name, key usage and signature (RFC 5280, 6.3.3); raises LinkBroken."""
@@ -127,6 +128,7 @@ def _read_revocation_list(data: bytes) -> RevocationList:
     try:
         revocations = x509.load_pem_x509_crl(data) if b"-----BEGIN" in data else x509.load_der_x509_crl(data)
         partial = any(extension.critical for extension in revocations.extensions)
+        numbers = [one.value.crl_number for one in revocations.extensions if isinstance(one.value, x509.CRLNumber)]
         return RevocationList(
             der=revocations.public_bytes(serialization.Encoding.DER),
             issuer=revocations.issuer.public_bytes(),
@@ -135,6 +137,7 @@ def _read_revocation_list(data: bytes) -> RevocationList:
             next_update=revocations.next_update_utc,
             serials=frozenset(one.serial_number for one in revocations),
             indirect_or_partial=partial,
+            number=numbers[0] if numbers else None,
         )
     except _UNREADABLE as error:
         raise CertificateMalformed("not a revocation list") from error

@@ -44,6 +44,12 @@ class Certificate:
         except InvalidSignature as error:
             raise SignatureInvalid from error
 
+    @property
+    def public_key(self) -> bytes:
+        """The key as SubjectPublicKeyInfo (DER)."""
+        form = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+        return self.key.public_bytes(*form)
+
     def __repr__(self) -> str:
         return f"Certificate({self.name}, {self.fingerprint[:23]})"
 

@@ -23,6 +23,8 @@ Side = Literal["client", "server"]
 PREFERRED_GROUP: Final = "X25519MLKEM768"
 _CIPHERS: Final = b"TLS_AES_256_GCM_SHA384"
 _READ_BYTES: Final = 64 * 1024
+# Certificates that a peer may show behind its own: one, and another while a fleet changes its CA.
+VOUCHING_MAX: Final = 2
 # Not "wrong version number": that is what OpenSSL says of bytes that are no TLS at all.
 _VERSION_REASONS: Final = ("unsupported protocol", "protocol version", "version too low")
 
@@ -30,7 +32,8 @@ _VERSION_REASONS: Final = ("unsupported protocol", "protocol version", "version 
 class TlsConnection:
     """One end of a channel. Every method that takes bytes raises PeerError `peer.tls` or `peer.tls-version`."""
 
-    def __init__(self, identity: Identity, side: Side) -> None:
+    def __init__(self, identity: Identity, side: Side, *, vouching: bytes = b"") -> None:
+        """`vouching` is a certificate (PEM) over the same key by somebody else, shown behind the identity's own."""
         context = SSL.Context(SSL.TLS_METHOD)
         context.set_min_proto_version(SSL.TLS1_3_VERSION)
         context.set_tls13_ciphersuites(_CIPHERS)
@@ -38,6 +41,8 @@ class TlsConnection:
         context.set_options(SSL.OP_NO_TICKET)
         context.use_certificate(x509.load_pem_x509_certificate(identity.certificate_pem))
         context.use_privatekey(load_key(identity.key_pem))
+        if vouching:
+            context.add_extra_chain_cert(x509.load_pem_x509_certificate(vouching))
         # The callback accepts any chain: see the module's first paragraph.
         context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, lambda *_: True)
         self._connection = SSL.Connection(context, None)
@@ -103,6 +108,22 @@ class TlsConnection:
         """The key of that certificate, as SubjectPublicKeyInfo (DER)."""
         form = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
         return self._peer_certificate().public_key().public_bytes(*form)
+
+    @property
+    def peer_vouching(self) -> list[bytes]:
+        """What else the peer showed behind its own certificate (DER); nothing of it is proved but that it was shown."""
+        try:
+            shown = self._connection.get_peer_cert_chain(as_cryptography=True) or []
+        except ValueError:
+            raise PeerError("ca.malformed", "what the peer shows is no certificate") from None
+        own = self.peer_certificate
+        others = [one.public_bytes(serialization.Encoding.DER) for one in shown]
+        return [der for der in others if der != own][:VOUCHING_MAX]
+
+    @property
+    def peer_certificate(self) -> bytes:
+        """The peer's own certificate (DER)."""
+        return self._peer_certificate().public_bytes(serialization.Encoding.DER)
 
     def check_peer_validity(self, now: datetime) -> None:
         """Raise `peer.expired`, `peer.not-yet-valid`, or `peer.tls` for a key that is not Ed25519 (RFC 5280, 4.1.2.5)."""

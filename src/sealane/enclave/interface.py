@@ -49,7 +49,8 @@ class Begin:
 
     `trusted` maps fingerprints to names; `now` is ISO 8601 with an offset. `protection` is what a source wants, and at a
     destination all that it allows, a space between them. `vm` and `epoch` are what is migrated, at a source; a destination
-    hears them (empty and 0).
+    hears them (empty and 0). `vouchers` are the CAs whose word is enough (`session.vouching.Vouchers` as JSON, or empty), and
+    `host_certificate` is what a CA has issued for this host.
     """
 
     role: str
@@ -62,6 +63,8 @@ class Begin:
     vm: str
     epoch: int
     reattest_every_s: float
+    vouchers: str = ""
+    host_certificate: str = ""
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,8 @@ class PeerEstablished:
     """The peer is known, its certificate valid, its hello fits, and both ends accepted the other's evidence.
 
     `vm` and `epoch` are what both ends' evidence names; `verdict` is what this end found of the peer (JSON, as
-    `sealane.attest.peer.summarise` makes it); `protection` is what the source wants and both allow.
+    `sealane.attest.peer.summarise` makes it); `protection` is what the source wants and both allow; `vouched_by` is the CA
+    that vouches for the peer, empty where it is trusted by itself.
     """
 
     peer_name: str
@@ -179,6 +183,7 @@ class PeerEstablished:
     epoch: int
     verdict: str
     protection: str = "sealed"
+    vouched_by: str = ""
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ from sealane.session.channel import (
     Role,
 )
 from sealane.session.preface import ConnectionKind, Preface, encode_preface
+from sealane.session.vouching import parse_vouchers
 from sealane.vtpm.envelope import Journey, StateSealer
 
 GRACE_S: Final = 2.0
@@ -242,6 +243,8 @@ class Enclave:
             attestor=Attestor(
                 Subject(call.vm, call.epoch) if self._is_source else None,
                 make_judge_maker(policy, lambda: begun + timedelta(seconds=self._clock() - started)),
+                vouchers=parse_vouchers(call.vouchers),
+                host_certificate=call.host_certificate.encode(),
             ),
         )
         if self._is_source:
@@ -323,7 +326,8 @@ class Enclave:
         who = (event.peer_name, event.peer_fingerprint, event.tls_version, event.group, event.cipher)
         subject = self._subject = attested.subject
         protection = self._need_channel().protection
-        self._tell(PeerEstablished(*who, subject.vm, subject.epoch, verdict, protection))
+        vouched_by = event.vouched.authority[:64] if event.vouched else ""
+        self._tell(PeerEstablished(*who, subject.vm, subject.epoch, verdict, protection, vouched_by))
 
     def _attest_again(self, now: float) -> None:
         """During the copy, source only: every so often the peer has to show that it is still what it was."""

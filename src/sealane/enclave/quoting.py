@@ -13,6 +13,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from sealane.attest.asking import ANSWER_MAX, Cutter, Question, encode_question, parse_answer
+from sealane.attest.known import parse_known
 from sealane.attest.peer import Expectations, PeerJudge
 from sealane.attest.reference import NO_REFERENCE, parse_reference
 from sealane.errors import HostError, InternalError
@@ -86,4 +87,5 @@ def make_judge_maker(policy: Mapping[str, bytes], clock: Callable[[], datetime])
     if "reference" in policy:
         reference = parse_reference(policy["reference"], key=policy.get("reference-key"))
     collateral = {name: content for name, content in policy.items() if name.startswith("collateral.")}
-    return lambda name, key: PeerJudge(name, key, clock, expectations, reference, collateral)
+    known = parse_known(policy.get("known", b""))
+    return lambda name, key: PeerJudge(name, key, clock, expectations, reference, collateral, known.introduced(name))

@@ -7,7 +7,7 @@ identities that are made for it, known to nobody and dropped at its end, and one
 import codecs
 import hashlib
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 import numpy as np
@@ -17,6 +17,12 @@ from sealane.attest.platformlog import Measured, encode_line, manifest_digest
 from sealane.attest.reference import NO_REFERENCE
 from sealane.attest.software import encode_statement, signed_bytes
 from sealane.crypto.aead import CIPHER_NAME
+from sealane.crypto.authority import (
+    Authority,
+    create_authority,
+    issue_host_certificate,
+    issue_revocation_list,
+)
 from sealane.crypto.identity import Identity, create_identity, public_key, sign
 from sealane.crypto.loading import load_everything
 from sealane.errors import InternalError
@@ -29,28 +35,34 @@ from sealane.seal.reduce import LaneReducer
 from sealane.seal.seen import PagesSeen
 from sealane.session.attestation import Subject
 from sealane.session.channel import Attestor, Channel, Event, EvidenceWanted, Role
+from sealane.session.vouching import NO_VOUCHERS, Claims, TrustedAuthority, Vouchers
 
 _CODECS: Final = ("ascii", "utf-8", "latin-1", "utf-16-le", "idna")
 _MIGRATION: Final = "00" * 16
 _TURNS: Final = 16
+_HOUR: Final = timedelta(hours=1)
 
 
 class _End:
     """One end of the channel, which makes its own evidence."""
 
-    def __init__(self, role: Role, own: Identity, peer: Identity, now: datetime) -> None:
+    def __init__(self, role: Role, own: Identity, peer: Identity, now: datetime, authority: Authority) -> None:
+        """One end trusts the other by itself, the other end by what a CA says."""
         self._identity = own
+        by_authority = role == "destination"
         self.channel = Channel(
             own,
             role=role,
             migration=_MIGRATION,
-            trusted={peer.fingerprint: peer.name},
+            trusted={} if by_authority else {peer.fingerprint: peer.name},
             protection="sealed",
             cipher=CIPHER_NAME,
             now=now,
             attestor=Attestor(
                 Subject("vm", 1) if role == "source" else None,
                 lambda name, key: PeerJudge(name, key, lambda: now, Expectations(), NO_REFERENCE),
+                vouchers=_vouchers(authority, now) if by_authority else NO_VOUCHERS,
+                host_certificate=b"" if by_authority else _certified(authority, own, now),
             ),
         )
 
@@ -72,6 +84,17 @@ class _End:
         return {"platform-log": log, "software.statement": statement}
 
 
+def _vouchers(authority: Authority, now: datetime) -> Vouchers:
+    revocations = issue_revocation_list(authority, [(1, now)], number=1, now=now, lifetime=_HOUR)
+    trusted = TrustedAuthority(certificate=authority.certificate_pem.decode(), revocations=revocations.decode())
+    return Vouchers(authorities=[trusted])
+
+
+def _certified(authority: Authority, host: Identity, now: datetime) -> bytes:
+    claims = Claims(level=1, production_level=1).encode()
+    return issue_host_certificate(authority, host.name, public_key(host.key_pem), claims, now=now, lifetime=_HOUR).pem
+
+
 def rehearse() -> None:
     """Load all that an enclave uses; raises SealaneError where the libraries do not work together."""
     for name in _CODECS:
@@ -79,7 +102,9 @@ def rehearse() -> None:
     load_everything()
     now = datetime.now(UTC)
     one, other = create_identity("one", now=now), create_identity("other", now=now)
-    source, destination = _End("source", one, other, now), _End("destination", other, one, now)
+    authority = create_authority("authority", now=now, lifetime=_HOUR)
+    source = _End("source", one, other, now, authority)
+    destination = _End("destination", other, one, now, authority)
     for _ in range(_TURNS):
         destination.take(source.channel.bytes_to_send())
         source.take(destination.channel.bytes_to_send())

@@ -23,6 +23,11 @@ from sealane.errors import SealaneError, make_error
 from sealane.host.api import create_app
 from sealane.host.callers import CallerProtocol, caller_called
 from sealane.host.config import VMS_FILE, Settings
+from sealane.host.fleet.known import KnownHostsFile
+from sealane.host.fleet.membership import Membership
+from sealane.host.fleet.office import Office
+from sealane.host.fleet.registry import Registry as FleetRegistry
+from sealane.host.fleet.renewing import EnrolmentTerms, FleetHostSide, KnownFleet
 from sealane.host.jobs import Job, Jobs
 from sealane.host.limits import least_rate
 from sealane.host.listener import PeerListener
@@ -47,15 +52,15 @@ from sealane.host.models import (
 )
 from sealane.host.notify import notify
 from sealane.host.pages import inspect_pages
-from sealane.host.pairing import PairingDesk
+from sealane.host.pairing import PairingDesk, PeerTerms
 from sealane.host.peers import Peers
 from sealane.host.policy import UNKNOWN_CALLER, Caller, Move, load_policy
 from sealane.host.queue import Turn
-from sealane.host.quoting import QuotingService
+from sealane.host.quoting import QuotingService, incoming_binaries
 from sealane.host.receipts.chain import Receipts
 from sealane.host.recovery import Recovery
 from sealane.host.registry import Registry
-from sealane.host.store import Store
+from sealane.host.store import Store, utc_now
 from sealane.host.vtpm import Vtpms
 from sealane.hypervisor.launch import trim_log
 from sealane.hypervisor.qmp import QmpMachine
@@ -83,7 +88,7 @@ MakeSource = Callable[["Agent", MigrationRequest, VmDefinition, Peer, Migration]
 
 
 def _make_listener(agent: "Agent") -> Listener:
-    return PeerListener(agent, agent.settings, agent.pairing.welcome)
+    return PeerListener(agent, agent.settings, agent.pairing.welcome, agent.office.welcome)
 
 
 def _make_source(
@@ -112,13 +117,18 @@ class Agent:
         self.receipts = Receipts(paths.state, self.store, self.identity, self.identity.name)
         self.metrics = Metrics()
         self.jobs = Jobs(self.store, limits=settings.limits, issue=self.receipts.issue, observer=self.metrics)
-        self.peers = Peers(self.store)
+        self.membership = Membership(paths, settings, self.identity)
+        self.peers = Peers(self.store, self.membership.peers)
         self.registry = Registry(self.store, paths.config / VMS_FILE, self.jobs, libvirt=settings.libvirt)
         self.vtpms = Vtpms(paths, settings, self.store, self.registry.get)
-        self.pairing = PairingDesk(self)
+        self.quoting = QuotingService(paths, settings.attestation)
+        self.office = Office(self, FleetRegistry(paths.authority), utc_now)
+        self.fleet = FleetHostSide(self, self.membership, utc_now)
+        self.membership.on_change = KnownFleet(self.membership, KnownHostsFile(paths)).refresh
+        enrolment = EnrolmentTerms(self, self.office, self.membership)
+        self.pairing = PairingDesk(self, terms={"pairing": PeerTerms(self), "enrolment": enrolment})
         self.listener = make_listener(self)
         self.launcher = EnclaveLauncher(sandbox=settings.sandbox, user=settings.enclave_user)
-        self.quoting = QuotingService(paths, settings.attestation)
         self.metrics.look_at(_Facts(self))
         self._make_source = make_source
         self._stop = asyncio.Event()
@@ -144,6 +154,10 @@ class Agent:
         """Where this agent listens for peers."""
         address = getattr(self.listener, "address", None)
         return int(str(address).rpartition(":")[2]) if address else self.settings.port
+
+    def binaries(self) -> list[str]:
+        """QEMU's binaries that may receive a VM here."""
+        return incoming_binaries(vm.launch_incoming for vm, _ in self.registry.definitions().values())
 
     async def inspect_pages(self, name: str, *, with_classes: bool) -> PageMap:
         """What the pages of a VM are; see `sealane.host.pages`."""
@@ -217,7 +231,7 @@ class Agent:
         """The trusted hosts with what was last seen of them; with a VM, whether it might go there."""
         seen = self.store.sightings()
         found = []
-        for peer in self.peers.list():
+        for peer in self.peers.everyone():
             answer = None if vm is None else self.check_policy(PolicyQuestion(vm=vm, host=peer.name), caller)
             found.append(
                 PeerView(
@@ -296,6 +310,7 @@ class Agent:
         await self.listener.start()
         stack.push_async_callback(self.listener.stop)
         stack.push_async_callback(self.pairing.stop)
+        stack.push_async_callback(self.office.stop)
         server = _ApiServer(
             uvicorn.Config(
                 create_app(self),
@@ -312,6 +327,7 @@ class Agent:
         recovering = asyncio.create_task(self._recover(recovery), name="recovery")
         stack.push_async_callback(_cancelled, recovering)
         stack.push_async_callback(_cancelled, asyncio.create_task(self._keep_logs_short(), name="logs"))
+        stack.push_async_callback(_cancelled, asyncio.create_task(self.fleet.keep(), name="fleet"))
         serving = asyncio.create_task(server.serve(sockets=[sock]), name="api")
         serving.add_done_callback(lambda _task: self.stop())
         stack.push_async_callback(_ended, server, serving)

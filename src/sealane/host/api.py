@@ -13,11 +13,13 @@ from starlette.exceptions import HTTPException
 import sealane
 from sealane.errors import SealaneError, UsageError, make_error
 from sealane.host.callers import caller_of_uid
+from sealane.host.fleet.renewing import FleetHostSide
 from sealane.host.jobs import Jobs
 from sealane.host.metrics import MEDIA_TYPE as MEDIA_TYPE_OF_METRICS
 from sealane.host.metrics import Metrics
 from sealane.host.models import (
     Event,
+    FleetStatus,
     Host,
     Migration,
     MigrationRequest,
@@ -40,6 +42,7 @@ from sealane.host.problems import MEDIA_TYPE, problem_of
 from sealane.host.registry import Registry
 from sealane.host.vtpm import Vtpms
 from sealane.limits import DEFAULT_PORT
+from sealane.session.pairing import Purpose
 
 NDJSON: Final = "application/x-ndjson"
 _DESCRIPTION: Final = """
@@ -53,6 +56,7 @@ _TAGS: Final = [
     {"name": "vtpms", "description": "The VMs' own TPMs."},
     {"name": "peers", "description": "The hosts whose certificates are trusted."},
     {"name": "pairing", "description": "Trust between two hosts by a short code."},
+    {"name": "fleet", "description": "The CA that this host belongs to."},
     {"name": "policy", "description": "What the policy would say, and what is known of the hosts."},
     {"name": "migrations", "description": "Migrations, in both directions: begin, watch, cancel, look back."},
 ]
@@ -67,6 +71,7 @@ class ApiAgent(Protocol):
     pairing: PairingDesk
     metrics: Metrics
     vtpms: Vtpms
+    fleet: FleetHostSide
 
     def describe(self) -> Host:
         """Who this agent is."""
@@ -154,6 +159,7 @@ def create_app(agent: ApiAgent) -> FastAPI:
     _add_vtpms(app, agent)
     _add_peers(app, agent)
     _add_pairing(app, agent)
+    _add_fleet(app, agent)
     _add_policy(app, agent)
     _add_migrations(app, agent)
     _describe_problem(app)
@@ -277,9 +283,11 @@ def _add_peers(app: FastAPI, agent: ApiAgent) -> None:
 
 def _add_pairing(app: FastAPI, agent: ApiAgent) -> None:
     @app.post("/v1/pairing", tags=["pairing"], summary="Show a code", status_code=201)
-    async def invite() -> PairingStatus:
+    async def invite(
+        purpose: Annotated[Purpose, Query(description="`enrolment`: let a host join the CA of this one.")] = "pairing",
+    ) -> PairingStatus:
         """Show a new code and wait for a host that is given it; an earlier code is void."""
-        return agent.pairing.invite()
+        return agent.pairing.invite(purpose)
 
     @app.get("/v1/pairing", tags=["pairing"], summary="How it stands")
     async def pairing_status() -> PairingStatus:
@@ -295,6 +303,26 @@ def _add_pairing(app: FastAPI, agent: ApiAgent) -> None:
     async def join(request: PairingRequest) -> PairingStatus:
         """Pair with the host that shows this code."""
         return await agent.pairing.join(request.host, request.port or DEFAULT_PORT, request.code)
+
+
+def _add_fleet(app: FastAPI, agent: ApiAgent) -> None:
+    @app.post("/v1/fleet/join", tags=["fleet"], summary="Join a CA")
+    async def join_fleet(request: PairingRequest) -> PairingStatus:
+        """Join the CA whose host shows this code, and have it issue a first certificate."""
+        joined = await agent.pairing.join(request.host, request.port or DEFAULT_PORT, request.code, "enrolment")
+        await agent.fleet.renew("certificate")
+        return joined
+
+    @app.get("/v1/fleet", tags=["fleet"], summary="How this host stands with its CA")
+    async def fleet_status() -> FleetStatus:
+        """What the CA issued for this host, how old its list is, and which hosts belong to it."""
+        return agent.fleet.status()
+
+    @app.post("/v1/fleet/renew", tags=["fleet"], summary="Renew now")
+    async def renew() -> FleetStatus:
+        """Have the CA appraise this host anew, and fetch its revocation list."""
+        await agent.fleet.renew("certificate")
+        return agent.fleet.status()
 
 
 def _add_policy(app: FastAPI, agent: ApiAgent) -> None:

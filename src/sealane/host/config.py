@@ -164,6 +164,27 @@ class AttestationSettings(Model):
     )
 
 
+class AuthoritySettings(Model):
+    """A fleet's CA: what its own host does, and what hosts that trust it accept."""
+
+    passphrase_file: Annotated[
+        str, Field(description="On the CA's host: file with the passphrase of the CA's key; empty where it has none.")
+    ] = ""
+    certificate_hours: Annotated[
+        float, Field(gt=0, le=24 * 90, description="On the CA's host: how long a host certificate is good.")
+    ] = 24.0
+    list_hours: Annotated[
+        float, Field(gt=0, le=24 * 90, description="On the CA's host: by when its next revocation list comes.")
+    ] = 24.0
+    stale_list: Annotated[
+        Literal["refuse", "accept"],
+        Field(description="What becomes of a peer where the revocation list is older than it should be."),
+    ] = "refuse"
+    news_every_s: Annotated[
+        float, Field(ge=1, le=86_400, description="How often a host asks its CA for the revocation list and the fleet.")
+    ] = 300.0
+
+
 class Settings(Model):
     """The keys of `agent.toml`."""
 
@@ -217,6 +238,7 @@ class Settings(Model):
     ] = "info"
     limits: LimitSettings = LimitSettings()
     attestation: AttestationSettings = AttestationSettings()
+    authority: AuthoritySettings = AuthoritySettings()
 
 
 class _VmsFile(Model):
@@ -231,10 +253,11 @@ def documented_keys() -> Iterator[tuple[str, str, str]]:
         ("limits.peers.NAME.", PeerLimits),
         ("limits.vms.NAME.", VmLimits),
         ("attestation.", AttestationSettings),
+        ("authority.", AuthoritySettings),
     )
     for prefix, model in models:
         for name, field in model.model_fields.items():
-            if name not in {"limits", "attestation"}:
+            if name not in {"limits", "attestation", "authority"}:
                 default = "the host's" if field.default is None else str(field.default)
                 if field.default_factory:
                     default = "the host's name" if name == "name" else str(field.get_default(call_default_factory=True))

@@ -23,8 +23,8 @@ from sealane.host.migration.dialling import give_up_when_unanswered, tune
 from sealane.limits import PENDING_CONNECTIONS_MAX, PREFACE_TIMEOUT_S, UNPROVEN_ENCLAVES_MAX
 from sealane.session.preface import PREFACE_BYTES, ConnectionKind, Preface, parse_preface
 
-# Takes a connection whose preface asked to pair.
-OnPairing = Callable[[socket.socket], None]
+# Takes a connection whose preface asked to pair, or to renew a certificate.
+Taker = Callable[[socket.socket], None]
 _BACKLOG: Final = 256
 # After accept(2) failed for want of descriptors or memory.
 _ACCEPT_PAUSE_S: Final = 0.1
@@ -36,9 +36,14 @@ class PeerListener:
     """Accepts, reads prefaces, routes."""
 
     def __init__(
-        self, context: MigrationContext, settings: Settings, on_pairing: OnPairing = socket.socket.close
+        self,
+        context: MigrationContext,
+        settings: Settings,
+        on_pairing: Taker = socket.socket.close,
+        on_renewal: Taker = socket.socket.close,
     ) -> None:
-        self._context, self._settings, self._on_pairing = context, settings, on_pairing
+        self._context, self._settings = context, settings
+        self._on_pairing, self._on_renewal = on_pairing, on_renewal
         self._log = structlog.get_logger().bind(part="listener")
         self._socket: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
@@ -118,6 +123,8 @@ class PeerListener:
             connection.close()
         elif preface.kind is ConnectionKind.PAIRING:
             self._on_pairing(connection)
+        elif preface.kind is ConnectionKind.RENEWAL:
+            self._on_renewal(connection)
         elif preface.label in self._receptions:
             connection.close()
         else:

@@ -221,7 +221,10 @@ class Evidence(Model):
 
 
 class PeerTrust(Model):
-    """What this host knows of a peer: how far it is trusted, and what that rests on. Level 1 is a pinned certificate."""
+    """What this host knows of a peer: how far it is trusted, and what that rests on. Level 1 is a pinned certificate.
+
+    `vouched_by` is the CA whose word it is, where the peer is not trusted by itself.
+    """
 
     level: Annotated[int, Field(ge=0, le=4)] = 1
     production_level: Annotated[int, Field(ge=0, le=4)] = 1
@@ -230,6 +233,7 @@ class PeerTrust(Model):
     evidence: list[Evidence] = Field(default_factory=list)
     reasons: list[str] = Field(default_factory=list)
     seen_at: datetime | None = None
+    vouched_by: str | None = None
 
 
 class PolicyDecision(Model):
@@ -249,6 +253,24 @@ class PairingRequest(Model):
     host: Annotated[str, Field(min_length=1, max_length=255)]
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
     code: Annotated[str, Field(max_length=100)]
+
+
+class FleetStatus(Model):
+    """How a host stands with its CA: what the CA issued for it, and how old the revocation list is. Times are UTC."""
+
+    authority: str
+    authority_fingerprint: Fingerprint
+    authority_host: str
+    address: str | None = None
+    port: int | None = None
+    certificate_until: datetime | None = None
+    level: int | None = None
+    production_level: int | None = None
+    list_number: int | None = None
+    list_until: datetime | None = None
+    revoked: int = 0
+    hosts: list[str] = Field(default_factory=list)
+    problem: Problem | None = None
 
 
 class PairingStatus(Model):

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Final, Protocol, TypeVar
@@ -17,6 +17,7 @@ import structlog
 
 from sealane.crypto.dsse import parse_certificate
 from sealane.crypto.identity import Identity
+from sealane.crypto.pake import Side
 from sealane.errors import PeerError, SealaneError, make_error
 from sealane.host.config import Settings
 from sealane.host.migration.dialling import dial_peer
@@ -29,7 +30,16 @@ from sealane.limits import (
     PAIRING_LIFETIME_S,
     PAIRING_TRIES,
 )
-from sealane.session.pairing import Done, Event, Offer, OfferReceived, Pairing, make_code, normal_code
+from sealane.session.pairing import (
+    Done,
+    Event,
+    Offer,
+    OfferReceived,
+    Pairing,
+    Purpose,
+    make_code,
+    normal_code,
+)
 from sealane.session.preface import LABEL_BYTES, ConnectionKind, Preface, encode_preface
 
 T = TypeVar("T", bound=Event)
@@ -48,9 +58,42 @@ class PairingContext(Protocol):
         """Where this agent listens."""
 
 
+class Terms(Protocol):
+    """What becomes of a pairing: two hosts that trust each other, or a host that a CA has enrolled."""
+
+    def endorsements(self, side: Side) -> dict[str, str]:
+        """What this host shows beside its certificate, by name, in base64; raises SealaneError."""
+
+    def check(self, side: Side, offer: Offer) -> None:
+        """Raise what would speak against the other end; change nothing."""
+
+    def conclude(self, side: Side, offer: Offer, address: str, port: int) -> Peer:
+        """Both ends agree: keep it. `side` is this host's."""
+
+
+class PeerTerms:
+    """Each host trusts the other by its fingerprint."""
+
+    def __init__(self, context: PairingContext) -> None:
+        self._context = context
+
+    def endorsements(self, side: Side) -> dict[str, str]:
+        """Nothing."""
+        return {}
+
+    def check(self, side: Side, offer: Offer) -> None:
+        """Raises `trust.exists`."""
+        self._context.peers.check(_peer_of(offer, None, None))
+
+    def conclude(self, side: Side, offer: Offer, address: str, port: int) -> Peer:
+        """Raises `trust.exists`."""
+        return self._context.peers.add(_peer_of(offer, address, port))
+
+
 @dataclass
 class _Invitation:
     code: str
+    purpose: Purpose
     expires: float
     expires_at: datetime
     wrong: int = 0
@@ -63,18 +106,26 @@ class _Invitation:
 class PairingDesk:
     """This host's side of pairings, in both roles."""
 
-    def __init__(self, context: PairingContext, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        context: PairingContext,
+        clock: Callable[[], float] = time.monotonic,
+        terms: Mapping[Purpose, Terms] | None = None,
+    ) -> None:
         self._context, self._clock = context, clock
+        self._terms: Mapping[Purpose, Terms] = terms or {"pairing": PeerTerms(context)}
         self._log = structlog.get_logger().bind(part="pairing")
         self._invitation: _Invitation | None = None
 
     # The host that shows a code
 
-    def invite(self) -> PairingStatus:
-        """Show a new code; an earlier one is void."""
+    def invite(self, purpose: Purpose = "pairing") -> PairingStatus:
+        """Show a new code for this purpose; an earlier one is void."""
+        self._terms[purpose].endorsements("inviter")  # what is missing shows now, and not when somebody comes
         self.cancel()
         self._invitation = _Invitation(
             make_code(),
+            purpose,
             self._clock() + PAIRING_LIFETIME_S,
             datetime.now(UTC) + timedelta(seconds=PAIRING_LIFETIME_S),
         )
@@ -125,7 +176,9 @@ class PairingDesk:
         return invitation.wrong + invitation.trying < PAIRING_TRIES
 
     async def _answer(self, invitation: _Invitation, connection: socket.socket) -> None:
-        pairing = Pairing("inviter", invitation.code, self._context.identity, self._own_offer())
+        purpose, terms = invitation.purpose, self._terms[invitation.purpose]
+        offer = self._own_offer(terms.endorsements("inviter"))
+        pairing = Pairing("inviter", invitation.code, self._context.identity, offer, purpose=purpose)
         wire = _Wire(connection, pairing)
         try:
             async with asyncio.timeout(PAIRING_ANSWER_TIMEOUT_S):
@@ -133,7 +186,7 @@ class PairingDesk:
                 if invitation.over is not None:  # another one was faster
                     raise make_error("pairing.over")
                 address, *_ = connection.getpeername()
-                peer = self._trust(received.offer, str(address))
+                peer = terms.conclude("inviter", received.offer, _plain(str(address)), received.offer.port)
                 invitation.over = PairingStatus(state="paired", peer=peer, words=received.words)  # before anybody else
                 self._log.info("paired", peer=peer.name, fingerprint=peer.fingerprint, words=received.words)
                 pairing.accept()
@@ -151,7 +204,7 @@ class PairingDesk:
             invitation.wrong += 1
             if invitation.wrong >= PAIRING_TRIES:
                 self._end(invitation, make_error("pairing.over", f"{PAIRING_TRIES} wrong codes were tried"))
-        elif error.code in {"trust.exists", "pairing.mismatch"}:
+        elif error.code in {"trust.exists", "pairing.mismatch", "ca.exists"}:
             self._end(invitation, error)
 
     def _answered(self, invitation: _Invitation, connection: socket.socket, task: asyncio.Task[None]) -> None:
@@ -173,21 +226,27 @@ class PairingDesk:
 
     # The host that is given the code
 
-    async def join(self, address: str, port: int, typed: str) -> PairingStatus:
+    async def join(self, address: str, port: int, typed: str, purpose: Purpose = "pairing") -> PairingStatus:
         """Pair with the agent there; raises `usage.argument`, `peer.unreachable`, `pairing.*`, `trust.exists`."""
         code = normal_code(typed)
         connection = await dial_peer(address, port)
-        pairing = Pairing("joiner", code, self._context.identity, self._own_offer())
+        terms = self._terms[purpose]
+        try:
+            offer = self._own_offer(terms.endorsements("joiner"))
+        except BaseException:
+            connection.close()
+            raise
+        pairing = Pairing("joiner", code, self._context.identity, offer, purpose=purpose)
         wire = _Wire(connection, pairing)
         try:
             async with asyncio.timeout(PAIRING_ANSWER_TIMEOUT_S):
                 preface = encode_preface(Preface(ConnectionKind.PAIRING, bytes(LABEL_BYTES)))
                 await asyncio.get_running_loop().sock_sendall(connection, preface)
                 received = await wire.expect(OfferReceived)
-                self._check(received.offer)
+                terms.check("joiner", received.offer)
                 pairing.accept()
                 await wire.expect(Done)
-                peer = self._trust(received.offer, address, port)
+                peer = terms.conclude("joiner", received.offer, _plain(address), port)
         except SealaneError as error:
             await wire.refuse(error)
             raise
@@ -202,14 +261,12 @@ class PairingDesk:
 
     # Both
 
-    def _own_offer(self) -> Offer:
-        return Offer(parse_certificate(self._context.identity.certificate_pem), self._context.port)
+    def _own_offer(self, endorsements: dict[str, str]) -> Offer:
+        return Offer(parse_certificate(self._context.identity.certificate_pem), self._context.port, endorsements)
 
-    def _check(self, offer: Offer) -> None:
-        self._context.peers.check(_peer_of(offer, None, None))
 
-    def _trust(self, offer: Offer, address: str, port: int | None = None) -> Peer:
-        return self._context.peers.add(_peer_of(offer, address.removeprefix("::ffff:"), port or offer.port))
+def _plain(address: str) -> str:
+    return address.removeprefix("::ffff:")
 
 
 def _peer_of(offer: Offer, address: str | None, port: int | None) -> Peer:

@@ -1,5 +1,7 @@
 """Which hosts are trusted, by the fingerprint of their certificate."""
 
+from collections.abc import Callable
+
 from sealane.errors import make_error
 from sealane.host.models import Peer
 from sealane.host.store import Store
@@ -8,12 +10,9 @@ from sealane.host.store import Store
 class Peers:
     """The trust list, kept in the store."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def list(self) -> list[Peer]:
-        """All peers, by name."""
-        return self._store.peers()
+    def __init__(self, store: Store, fleet: Callable[[], list[Peer]] = list) -> None:
+        """`fleet` are the hosts that a CA vouches for: found by name, and behind those that are trusted by themselves."""
+        self._store, self._fleet = store, fleet
 
     def check(self, peer: Peer) -> Peer:
         """The peer as `add` would keep it; raises what `add` raises, and changes nothing."""
@@ -41,9 +40,23 @@ class Peers:
         if not self._store.remove_peer(name):
             raise make_error("trust.unknown", f"no peer is called {name}")
 
+    def everyone(self) -> list[Peer]:
+        """All peers and the fleet's other hosts, by name."""
+        known = self._store.peers()
+        names = {peer.name for peer in known}
+        return sorted([*known, *(peer for peer in self._fleet() if peer.name not in names)], key=lambda peer: peer.name)
+
+    def list(self) -> list[Peer]:
+        """All that are trusted by themselves, by name."""
+        return self._store.peers()
+
+    def is_trusted(self, peer: Peer) -> bool:
+        """Whether the peer is trusted by itself, and not by a CA's word alone."""
+        return self.by_fingerprint(peer.fingerprint) is not None
+
     def get(self, name: str) -> Peer:
-        """The peer of that name; raises `trust.unknown`."""
-        for peer in self._store.peers():
+        """The peer, or the fleet's host, of that name; raises `trust.unknown`."""
+        for peer in self.everyone():
             if peer.name == name:
                 return peer
         raise make_error("trust.unknown", f"no peer is called {name}")

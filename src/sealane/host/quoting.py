@@ -94,6 +94,10 @@ class QuotingService:
             theirs.close()
         return mine
 
+    def connect_agent(self, binaries: Sequence[str] = ()) -> socket.socket:
+        """A line for the agent itself: for what this host shows its CA, and for appraising hosts that ask one."""
+        return self.connect(os.getpid(), binaries)
+
     async def stop(self) -> None:
         """End the process."""
         process = self._process

@@ -25,6 +25,7 @@ from sealane.attest.asking import (
     encode_answer,
     parse_question,
 )
+from sealane.attest.known import KNOWN_HOSTS
 from sealane.attest.platformlog import TEXTS, parse_platform_log
 from sealane.attest.tpm import parse_tpm_public
 from sealane.errors import HostError, InternalError, SealaneError
@@ -123,6 +124,9 @@ class Platform:
         files |= {f"collateral.{number}": path for number, path in enumerate(settings.collateral)}
         if settings.reference_key:
             files["reference-key"] = settings.reference_key
+        known = Path(settings.state) / KNOWN_HOSTS
+        if known.exists():
+            files["known"] = str(known)
         for name, path in files.items():
             try:
                 pieces[name] = Path(path).read_bytes()

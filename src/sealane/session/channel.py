@@ -47,6 +47,7 @@ from sealane.session.attestation import (
 )
 from sealane.session.exchange import AttestReader, End
 from sealane.session.preface import PROTOCOL_VERSION
+from sealane.session.vouching import NO_VOUCHERS, Notary, Vouched, Vouchers
 
 _FRAME: Final = struct.Struct(">IB")
 _LABEL: Final = b"EXPORTER-sealane-attestation"
@@ -89,7 +90,8 @@ class Hello:
 class Established:
     """Both sides accepted each other; the lanes' secret can be taken with `Channel.migration_secret`.
 
-    `attested` has the verdict on the peer, and which VM and epoch both ends spoke of.
+    `attested` has the verdict on the peer, and which VM and epoch both ends spoke of; `vouched` what a CA says of it, where the
+    peer is trusted by that alone.
     """
 
     peer_name: str
@@ -98,6 +100,7 @@ class Established:
     group: str
     cipher: str
     attested: Attested
+    vouched: Vouched | None = None
 
 
 @dataclass(frozen=True)
@@ -144,12 +147,15 @@ Event: TypeAlias = Established | EvidenceWanted | Reattested | MessageReceived |
 class Attestor:
     """What the attested handshake needs of this end. `subject` is what is migrated; None at a destination, which hears it.
 
-    `make_judge` gets the peer's name and the SHA-256 of its public key, and gives who appraises its evidence.
+    `make_judge` gets the peer's name and the SHA-256 of its public key, and gives who appraises its evidence. `vouchers` are the
+    CAs whose word is enough for a peer that is not trusted by itself, `host_certificate` what a CA has issued for this host.
     """
 
     subject: Subject | None
     make_judge: Callable[[str, str], Judge]
     random: Random = os.urandom
+    vouchers: Vouchers = NO_VOUCHERS
+    host_certificate: bytes = b""
 
 
 class FrameReader:
@@ -200,7 +206,12 @@ class Channel:
 
         `protection` is the one that a source wants; at a destination all that it allows, as `Hello` has them.
         """
-        self._tls = TlsConnection(identity, "client" if role == "source" else "server")
+        self._tls = TlsConnection(
+            identity, "client" if role == "source" else "server", vouching=attestor.host_certificate
+        )
+        self._notary = Notary(attestor.vouchers)
+        self._peer_name = ""
+        self._vouched: Vouched | None = None
         self._identity, self._role, self._migration = identity, role, migration
         self._trusted, self._protection, self._cipher, self._now = trusted, protection, cipher, now
         self._frames = FrameReader()
@@ -272,11 +283,23 @@ class Channel:
 
     def _judge_and_greet(self) -> None:
         fingerprint = self._tls.peer_fingerprint
-        if fingerprint not in self._trusted:
+        if fingerprint not in self._trusted and not self._notary.is_there:
             raise PeerError("peer.unknown", f"{fingerprint} is not trusted")
         self._tls.check_peer_validity(self._now)
+        self._peer_name = self._trusted.get(fingerprint) or self._vouch()
         self._own_hello = self._hello(self._role, self._identity.fingerprint, fingerprint, self._protection).encode()
         self._tls.send(encode_frame(FrameKind.HELLO, self._own_hello))
+
+    def _vouch(self) -> str:
+        """The name under which a CA vouches for the peer."""
+        self._vouched = self._notary.judge(
+            self._tls.peer_certificate,
+            self._tls.peer_vouching,
+            peer_key=self._tls.peer_public_key,
+            taken=self._trusted.values(),
+            now=self._now,
+        )
+        return self._vouched.name
 
     def _hello(self, role: Role, own: str, peer: str, protection: str) -> Hello:
         return Hello(PROTOCOL_VERSION, role, self._migration, own, peer, protection, self._cipher)
@@ -334,7 +357,7 @@ class Channel:
             key_pem=self._identity.key_pem,
             peer_key=peer_key,
         )
-        judge = self._attestor.make_judge(self._trusted[fingerprint], hashlib.sha256(peer_key).hexdigest())
+        judge = self._attestor.make_judge(self._peer_name, hashlib.sha256(peer_key).hexdigest())
         return Attestation(role, conversation, self._attestor.subject, judge, self._attestor.random)
 
     def _act(self, actions: Sequence[Action]) -> list[Event]:
@@ -353,7 +376,7 @@ class Channel:
     def _established(self, attested: Attested) -> Established:
         fingerprint = self._tls.peer_fingerprint
         facts = (self._tls.version, self._tls.group, self._tls.cipher)
-        return Established(self._trusted[fingerprint], fingerprint, *facts, attested)
+        return Established(self._peer_name, fingerprint, *facts, attested, self._vouched)
 
     def _need_attestation(self) -> Attestation:
         if self._attestation is None:

@@ -11,7 +11,7 @@ One host shows a code, the other is given it. A frame is `length u16 | kind u8 |
     OFFER   ------------------->            who the joiner is, sealed: the inviter was acceptable
             <-------------------    DONE    the joiner was acceptable, and is trusted there now
 
-    T      = SHA-256("sealane pairing v1" || joiner's message || inviter's message)
+    T      = SHA-256("sealane pairing v1" or "sealane enrolment v1" || joiner's message || inviter's message)
     K      = SPAKE2's key; every other key is HKDF-Expand(K, label || T, 32)
     PROOF  = HMAC(key "joiner proof" or "inviter proof", T)
     OFFER  = AES-256-GCM(key "joiner offer" or "inviter offer"); DONE likewise, empty, with the next nonce
@@ -33,7 +33,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from sealane.crypto.aead import NONCE_BYTES, TAG_BYTES, Aead, OpenFailed
 from sealane.crypto.dsse import Certificate, parse_certificate
@@ -44,15 +44,15 @@ from sealane.crypto.signatures import SignatureInvalid
 from sealane.errors import CATALOGUE, InternalError, PeerError, SealaneError, UsageError, make_error
 from sealane.session.words import WORDS
 
-_LABEL: Final = b"sealane pairing v1"
+Purpose = Literal["pairing", "enrolment"]
 _FRAME: Final = struct.Struct(">HB")
 # A certificate has some 700 bytes, endorsements of a TPM (EK and AK with certificates) some KiB.
-OFFER_BYTES_MAX: Final = 32 * 1024
+OFFER_BYTES_MAX: Final = 60 * 1024
 _NUMBERS: Final = 99
 _CODE: Final = re.compile(r"^([1-9][0-9]?)-([a-z]+)-([a-z]+)$")
 _NAME: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 # What an end may say when it gives up; anything else is told as a broken peer.
-_REFUSALS: Final = frozenset({"pairing.code", "pairing.over", "pairing.mismatch", "trust.exists"})
+_REFUSALS: Final = frozenset({"pairing.code", "pairing.over", "pairing.mismatch", "trust.exists", "ca.exists"})
 
 
 class FrameKind(IntEnum):
@@ -127,12 +127,21 @@ class Pairing:
     """One attempt at one end: bytes in, events and bytes out, or one SealaneError that ends it."""
 
     def __init__(
-        self, side: Side, code: str, identity: Identity, offer: Offer, *, entropy: Callable[[int], bytes] = os.urandom
+        self,
+        side: Side,
+        code: str,
+        identity: Identity,
+        offer: Offer,
+        *,
+        purpose: Purpose = "pairing",
+        entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
+        """A code that was shown for one purpose is a wrong one for the other."""
+        self._label = f"sealane {purpose} v1".encode()
         self._side: Side = side
         self._other: Side = "inviter" if side == "joiner" else "joiner"
         self._identity, self._offer = identity, offer
-        self._pake = Pake(f"{_LABEL.decode()} code {code}".encode(), side, entropy=entropy)
+        self._pake = Pake(f"{self._label.decode()} code {code}".encode(), side, entropy=entropy)
         self._buffer, self._out = bytearray(), bytearray()
         self._awaited = FrameKind.HELLO
         self._key, self._transcript = b"", b""
@@ -205,7 +214,7 @@ class Pairing:
         except PakeFailed:
             raise PeerError("peer.message", "the other end's first message is none of the group") from None
         first, second = (ours, theirs) if self._side == "joiner" else (theirs, ours)
-        self._transcript = hashlib.sha256(_LABEL + first + second).digest()
+        self._transcript = hashlib.sha256(self._label + first + second).digest()
         if self._side == "joiner":
             self._send(FrameKind.PROOF, self._proof())
         else:
@@ -232,7 +241,7 @@ class Pairing:
     # What is made of the key
 
     def _derive(self, label: bytes) -> bytes:
-        return expand(self._key, _LABEL + b" " + label + self._transcript, 32)
+        return expand(self._key, self._label + b" " + label + self._transcript, 32)
 
     def _proof(self) -> bytes:
         return proof(self._key, f"{self._side} proof".encode(), self._transcript)
@@ -240,14 +249,14 @@ class Pairing:
     def _seal(self, plaintext: bytes, number: int) -> bytes:
         out = bytearray(len(plaintext) + TAG_BYTES)
         key = self._derive(f"{self._side} offer".encode())
-        Aead(key).seal_into(number.to_bytes(NONCE_BYTES, "big"), plaintext, _LABEL, out)
+        Aead(key).seal_into(number.to_bytes(NONCE_BYTES, "big"), plaintext, self._label, out)
         return bytes(out)
 
     def _open(self, sealed: bytes, number: int) -> bytes:
         out = bytearray(len(sealed) - TAG_BYTES)
         key = self._derive(f"{self._other} offer".encode())
         try:
-            Aead(key).open_into(number.to_bytes(NONCE_BYTES, "big"), sealed, _LABEL, out)
+            Aead(key).open_into(number.to_bytes(NONCE_BYTES, "big"), sealed, self._label, out)
         except OpenFailed:
             raise PeerError("pairing.mismatch", "what the other end sent was changed on the way") from None
         return bytes(out)
@@ -296,7 +305,7 @@ class Pairing:
 
     def _to_sign(self, side: Side, offer: Offer) -> bytes:
         said = json.dumps([offer.certificate.fingerprint, offer.port, offer.endorsements], sort_keys=True)
-        return _LABEL + b" offer of the " + side.encode() + b"\0" + self._transcript + said.encode()
+        return self._label + b" offer of the " + side.encode() + b"\0" + self._transcript + said.encode()
 
     def _send(self, kind: FrameKind, payload: bytes) -> None:
         self._out += _FRAME.pack(len(payload) + 1, kind) + payload

@@ -7,7 +7,7 @@
 
 A channel's label is the migration's id, which anybody on the way may read; a lane's is its token, which only who holds the
 migration's secret can know (`seal/keys.py`). Both only route: a channel proves itself by TLS, a lane by its first record, a
-pairing by the code; its label is zero.
+pairing by the code, a renewal by TLS; the labels of these two are zero.
 """
 
 import struct
@@ -31,6 +31,7 @@ class ConnectionKind(IntEnum):
     CHANNEL = 1
     LANE = 2
     PAIRING = 3
+    RENEWAL = 4
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def parse_preface(data: bytes) -> Preface:
         or kind not in iter(ConnectionKind)
         or lane >= LANES_MAX
         or (kind != ConnectionKind.LANE and lane)
-        or (kind == ConnectionKind.PAIRING and any(label))
+        or (kind in {ConnectionKind.PAIRING, ConnectionKind.RENEWAL} and any(label))
     ):
         raise PeerError("peer.preface", "a field of the preface does not fit")
     return Preface(ConnectionKind(kind), label, lane)

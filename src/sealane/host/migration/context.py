@@ -5,6 +5,7 @@ from typing import Final, Protocol
 from sealane.crypto.aead import CIPHER_NAME
 from sealane.crypto.identity import Identity
 from sealane.host.config import Settings
+from sealane.host.fleet.membership import Membership
 from sealane.host.jobs import Jobs
 from sealane.host.migration.enclave_launcher import EnclaveLauncher
 from sealane.host.peers import Peers
@@ -32,3 +33,4 @@ class MigrationContext(Protocol):
     launcher: EnclaveLauncher
     quoting: QuotingService
     vtpms: Vtpms
+    membership: Membership

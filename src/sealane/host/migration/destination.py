@@ -154,6 +154,7 @@ class Reception:
                 vm="",
                 epoch=0,
                 reattest_every_s=self._context.settings.attestation.again_every_s,
+                **self._context.membership.introduction(),
             ),
             connection,
             quoting,

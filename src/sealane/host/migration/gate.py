@@ -68,4 +68,5 @@ def trust_of(met: PeerEstablished) -> PeerTrust:
         evidence=[Evidence(kind=str(each["kind"]), sha256=str(each["sha256"])) for each in verdict.get("digests", [])],
         reasons=[str(each["sentence"]) for each in verdict["reasons"]],
         seen_at=utc_now(),
+        vouched_by=met.vouched_by or None,
     )

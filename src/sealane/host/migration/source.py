@@ -173,19 +173,20 @@ class SourceMigration(Job):
         except BaseException:
             connection.close()
             raise
-        identity = self._context.identity
+        identity, is_trusted = self._context.identity, self._context.peers.is_trusted(self._peer)
         enclave.call(
             Begin(
                 role="source",
                 migration=self.id,
                 key_pem=identity.key_pem.decode(),
                 certificate_pem=identity.certificate_pem.decode(),
-                trusted={self._peer.fingerprint: self._peer.name},
+                trusted={self._peer.fingerprint: self._peer.name} if is_trusted else {},
                 protection=self.migration.protection,
                 now=self.clock().isoformat(),
                 vm=self._vm.name,
                 epoch=self.store.epoch(self._vm.name),
                 reattest_every_s=self._context.settings.attestation.again_every_s,
+                **self._context.membership.introduction(self._peer.name),
             ),
             connection,
             quoting,
