@@ -52,7 +52,7 @@ class DomainFinder:
             daemon_socket(uri)  # else libvirt's client would start a libvirtd for a session
             return await list_domains(uri, self._timeout_s)
         except SealaneError as error:
-            self._say_once(f"{uri}: {error.code}", uri=uri, code=error.code, detail=error.detail)
+            self._say_once(uri, error.code)
             return []
 
     def _as_vm(self, found: FoundDomain) -> DomainVm | None:
@@ -65,13 +65,13 @@ class DomainFinder:
                 labels=dict(facts.labels),
             )
         except ValidationError:
-            self._say_once(facts.name, domain=printable(facts.name, 100), detail="its name is no VM's name")
+            self._say_once(printable(facts.name, 100), "its name is no VM's name")
             return None
         if not facts.is_understood:
-            self._say_once(f"{facts.name} metadata", domain=facts.name, detail="metadata that does not fit: level 4")
+            self._say_once(facts.name, "metadata that does not fit: it asks for level 4")
         return DomainVm(definition, facts, found.state)
 
-    def _say_once(self, what: str, **details: str) -> None:
-        if what not in self._said:
+    def _say_once(self, subject: str, words: str) -> None:
+        if (what := f"{subject}: {words}") not in self._said:
             self._said.add(what)
-            _log.info("libvirt", **details)
+            _log.info("left out by libvirt's driver", subject=subject, reason=words)

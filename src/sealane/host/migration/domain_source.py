@@ -17,7 +17,6 @@ from typing import Any, Final, cast
 from sealane.enclave.interface import SendMessage
 from sealane.errors import ControlError, HostError, SealaneError, make_error
 from sealane.host.migration import messages
-from sealane.host.migration.convergence import words_of
 from sealane.host.migration.dialling import dial_vm
 from sealane.host.migration.domain_lines import SourceLines
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
@@ -163,8 +162,6 @@ class DomainSource(SourceMigration):
             return
         status = status_of(stats)
         self._convergence.judge(status, lambda outlook: self._tell_outlook(status, outlook))
-        if self._migration.progress.converges is False:
-            self.log.debug("no end of the copy is in sight", reason=words_of(status))
 
     async def _clients_failure(self) -> SealaneError:
         await self._join_client(_CLIENT_END_S)
@@ -212,7 +209,7 @@ class DomainSource(SourceMigration):
         except SealaneError as error:
             if is_absent(error):
                 return "nowhere"
-            self.log.warning("the domain could not be taken back yet", code=error.code, detail=error.detail)
+            self.log.warning("the VM could not be taken back yet", code=error.code, detail=error.detail)
             return None
 
     async def _better_reason(self, reason: SealaneError) -> SealaneError:
