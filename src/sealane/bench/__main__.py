@@ -7,6 +7,7 @@ from typing import Final
 BENCHES: Final = {
     "attest": "quote, appraisal and attested handshake, ms",
     "codecs": "sealing, page codecs, digests and compression, GB/s of one core",
+    "evacuate": "a host emptied several VMs at once and one after another: the ratio of what it took",
     "link": "a guest with real files over a 1 Gb/s link: QEMU's ways and Sealane's protections, with and without reduction",
     "migrate": "one guest moved by QEMU plain, QEMU TLS and Sealane, single-stream and multifd",
     "pages": "page classes of a guest from outside: recall, precision, ms a GiB, and what it does to a busy lane",
