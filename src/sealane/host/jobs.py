@@ -409,6 +409,10 @@ class Jobs:
         except SealaneError as failure:
             _log.error("a refusal was not journalled", migration=id[:8], code=failure.code, detail=failure.detail)
 
+    def turned_away(self, error: SealaneError) -> None:
+        """Count a peer's wish that was not even heard: it asks too often, or has too much under way."""
+        self._observer.refused("destination", error.code, journalled=False)
+
     def _count_dropped(self, peer: str) -> None:
         if peer not in self._refusals_dropped:
             _log.warning("a peer has wishes refused faster than they are journalled", peer=peer)

@@ -109,7 +109,11 @@ class Reception:
             except SealaneError as error:
                 self._note_unproven(error)
                 raise
-            self._admit(met.peer_fingerprint, met.peer_name)
+            try:
+                self._admit(met.peer_fingerprint, met.peer_name)
+            except SealaneError as error:
+                self._context.jobs.turned_away(error)
+                raise
             self.peer_fingerprint = met.peer_fingerprint
             return await self._asked(enclave, met)
         except BaseException as error:
