@@ -405,6 +405,12 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
             "raise --max-bandwidth, let QEMU slow the guest down with --on-stall auto-converge, or try at a quieter time",
             True,
         ),
+        "migration.postcopy-paused": Entry(
+            "postcopy was cut half-way and could not be joined again",
+            "mend the network between the hosts, leave both QEMUs as they are, and restart the source's agent: it joins the "
+            "halves again (docs/handover.md says how to do it by hand)",
+            True,
+        ),
         "migration.time-limit": Entry(
             "the migration took longer than it may",
             "see why it is slow (`sealane status`); `limits.time_max_s` or --time-limit says how long it may take",
@@ -453,6 +459,11 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         ),
         "check.memory": Entry("the memory sizes differ", "launch the destination with the source's -m"),
         "check.capabilities": Entry("a migration capability is missing", "bring both QEMUs to versions that have it"),
+        "check.postcopy": Entry(
+            "postcopy is not possible between these two QEMUs",
+            "on the destination QEMU needs userfaultfd: run it as root, let it open /dev/userfaultfd, or set "
+            "vm.unprivileged_userfaultfd=1 there (`sealane doctor` looks)",
+        ),
         "check.free-memory": Entry(
             "the destination has too little free memory", "free some there, or choose another host"
         ),

@@ -99,6 +99,9 @@ PREPARE_TIMEOUT_S: Final = 10.0
 TAKE_BACK_TRIES: Final = 3
 RECOVERY_INTERVAL_S: Final = 5.0
 
+# How long a source waits before each try to join the two halves of a postcopy that was cut: some ten minutes in all.
+REJOIN_PAUSES_S: Final = (0.2, 1.0, 2.0, 4.0, 8.0, 15.0, *(30.0,) * 18)
+
 # A copy under a protection that tells pages apart begins when the guest's pages were looked at once, and no later than this:
 # what is not known is encrypted. The VM runs meanwhile. A look takes 0.16 s per GiB.
 FIRST_LOOK_TIMEOUT_S: Final = 5.0

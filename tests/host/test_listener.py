@@ -57,6 +57,7 @@ class StandIn:
     all: "list[StandIn]"
     admit: Callable[[str, str], None]
     peer_fingerprint: str | None = None
+    may_rejoin: bool = False
     awaited: dict[bytes, int] = field(default_factory=dict)
     connection: socket.socket | None = None
     lanes: dict[int, socket.socket] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 
 from sealane.errors import ControlError
-from sealane.session.handover import ENDED, TRANSITIONS, Handover, Input, Role, State
+from sealane.session.handover import ENDED, IN_POSTCOPY, TRANSITIONS, Handover, Input, Role, State
 from tests.session.diagram import BEGIN, END, PAGE, drawn
 
 Table = Mapping[Role, Mapping[State, Mapping[Input, State]]]
@@ -23,6 +23,10 @@ NEEDS = {
     (Role.DESTINATION, Input.TICKET_JOURNALLED): "ticket",
     (Role.SOURCE, Input.RECEIPT): "receipt",
     (Role.SOURCE, Input.REFUSED): "refused",
+    (Role.DESTINATION, Input.TICKET_HELD): "postcopy ticket",
+    (Role.SOURCE, Input.SWITCHED): "held",
+    (Role.DESTINATION, Input.SWITCHED): "switch",
+    (Role.SOURCE, Input.ARRIVED): "arrived",
 }
 SENDS = {
     (Role.SOURCE, Input.VM_STOPPED): "the whole stream",
@@ -31,6 +35,9 @@ SENDS = {
     (Role.SOURCE, Input.NOT_SENT): "kept",
     (Role.DESTINATION, Input.RECEIPT): "receipt",
     (Role.DESTINATION, Input.REFUSED): "refused",
+    (Role.DESTINATION, Input.TICKET_HELD): "held",
+    (Role.SOURCE, Input.SWITCHED): "switch",  # what QEMU alone sends, and the destination's QEMU cannot do without
+    (Role.DESTINATION, Input.ARRIVED): "arrived",
 }
 
 
@@ -52,6 +59,8 @@ class World:
 def following(world: World, table: Table, *, not_sent_is_certain: bool = True) -> set[World]:
     """`not-sent` can only happen as long as the ticket was not sent, which the source knows for certain."""
     found = set()
+    if world.source is State.SWITCHING_OVER:  # the VM is paused and whole there
+        found.add(World(world.source, world.destination, world.sent | {"postcopy ticket"}))
     if "released" in world.sent and "kept" not in world.sent:
         found.add(World(world.source, world.destination, world.sent | {"ticket"}))
     for role in Role:
@@ -99,7 +108,7 @@ def test_no_reachable_pair_lets_both_run_or_leaves_the_vm_to_nobody() -> None:
 
 def test_where_nobody_may_resume_the_source_keeps_a_paused_copy() -> None:
     silent = [world for world in reachable(TRANSITIONS) if not any(world.may_resume(role) for role in Role)]
-    assert {world.source for world in silent} == {State.HANDING_OVER, State.IN_DOUBT}
+    assert {world.source for world in silent} == {State.HANDING_OVER, State.IN_DOUBT} | IN_POSTCOPY
     assert (State.IN_DOUBT, State.ABORTED) in {(world.source, world.destination) for world in silent}
 
 
@@ -125,6 +134,11 @@ def test_doubt_ends_when_the_word_comes_late() -> None:
         (Role.SOURCE, State.HANDING_OVER, Input.FAILED, State.ABORTED),
         (Role.SOURCE, State.IN_DOUBT, Input.FAILED, State.ABORTED),
         (Role.SOURCE, State.SWITCHING_OVER, Input.RELEASED, State.SWITCHING_OVER),
+        (Role.SOURCE, State.SWITCHING_OVER, Input.SWITCHED, State.SWITCHING_OVER),
+        (Role.SOURCE, State.POSTCOPY, Input.FAILED, State.ABORTED),
+        (Role.SOURCE, State.POSTCOPY_PAUSED, Input.FAILED, State.ABORTED),
+        (Role.DESTINATION, State.COPYING, Input.TICKET_HELD, State.POSTCOPY),
+        (Role.DESTINATION, State.SWITCHING_OVER, Input.REFUSED, State.POSTCOPY),
         (Role.DESTINATION, State.SWITCHING_OVER, Input.FAILED, State.COMPLETED),
         (Role.DESTINATION, State.HANDING_OVER, Input.REFUSED, State.COMPLETED),
     ],

@@ -35,6 +35,7 @@ class StallPolicy(StrEnum):
 
     GIVE_UP = "give-up"
     AUTO_CONVERGE = "auto-converge"
+    POSTCOPY = "postcopy"
     WAIT = "wait"
 
 
@@ -69,13 +70,14 @@ def migrate(  # noqa: PLR0913 - one parameter for each option
         StallPolicy,
         typer.Option(
             "--on-stall",
-            help="Where the guest writes faster than the copy goes: leave it here, let QEMU slow it down, or wait.",
+            help="Where the guest writes faster than the copy goes: leave it here, let QEMU slow it down, run it at the other "
+            "host before all of its memory is there (the loss of either host then loses it), or wait.",
         ),
     ] = StallPolicy.GIVE_UP,
     give_up_after: Annotated[
         float,
         typer.Option(
-            "--give-up-after", metavar="S", min=1, max=86_400, help="Seconds without progress, then it is left here."
+            "--give-up-after", metavar="S", min=1, max=86_400, help="Seconds without progress, then --on-stall decides."
         ),
     ] = GIVE_UP_AFTER_S,
     max_throttle: Annotated[

@@ -165,11 +165,15 @@ def stage_line(migration: Migration) -> str:
     label = STAGES[migration.state]
     if migration.state == "copying":
         return labelled(label, "   ".join(progress_parts(migration)) or migration.detail or "begins")
+    if migration.state == "postcopy" and migration.progress.postcopy_requests is not None:
+        return labelled(label, "   ".join(progress_parts(migration)))
     default = {
         "queued": "others go first",
         "preparing": f"{migration.peer} is asked whether {migration.vm} may come",
         "switching-over": f"{migration.vm} is paused; the rest is copied",
         "handing-over": f"{migration.peer} takes over",
+        "postcopy": f"{migration.vm} runs on {migration.peer}; the rest of its memory follows",
+        "postcopy-paused": f"the lanes were cut; the two halves of {migration.vm} are joined again",
     }
     return labelled(label, migration.detail or default[migration.state])
 

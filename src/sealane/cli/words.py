@@ -11,6 +11,8 @@ STAGES = {
     "copying": "copy",
     "switching-over": "switch",
     "handing-over": "hand-over",
+    "postcopy": "postcopy",
+    "postcopy-paused": "paused",
 }
 
 
@@ -59,6 +61,8 @@ def headline(migration: Migration) -> str:
     """The first line of how a migration that did not succeed ended."""
     if migration.state == "in-doubt" or migration.runs_at == "in-doubt":
         return f"in doubt: {where(migration)}"
+    if migration.state == "postcopy-paused":
+        return f"postcopy was cut; {where(migration)}, and stands still where it lacks a page"
     done = copied(migration)
     cancelled = migration.problem is not None and migration.problem.code == "migration.cancelled"
     verb = "cancelled" if cancelled else "aborted"
@@ -108,6 +112,7 @@ def progress_figures(migration: Migration) -> dict[str, str]:
         "rate": None if rate is None else words.rate(rate),
         "iteration": f"iteration {progress.iteration}" if progress.iteration else None,
         "dirty": None if dirty is None else f"dirty {words.rate(dirty)}",
+        "requests": None if progress.postcopy_requests is None else f"{progress.postcopy_requests} pages asked for",
         "throttle": f"guest slowed by {progress.throttle_percent} %" if progress.throttle_percent else None,
         "left": "no end in sight"
         if progress.converges is False

@@ -27,7 +27,7 @@ from sealane.host.subscription import Subscription
 from sealane.hypervisor.driver import VmDescription
 from sealane.hypervisor.launch import LaunchedMachine
 from sealane.seal.protect import readable_words
-from sealane.session.handover import ENDED, Handover, Input, State
+from sealane.session.handover import ENDED, IN_POSTCOPY, Handover, Input, State
 from sealane.session.handover import Role as HandoverRole
 
 _NOW: Final = Turn()
@@ -35,7 +35,7 @@ Clock = Callable[[], datetime]
 # Writes the receipt of a migration that rests, and gives the snapshot with its number.
 Issue = Callable[[Migration], Migration]
 # States of a source whose VM may be elsewhere; it can no longer be cancelled.
-BEYOND_CANCEL: Final = frozenset({State.HANDING_OVER, State.IN_DOUBT})
+BEYOND_CANCEL: Final = frozenset({State.HANDING_OVER, State.IN_DOUBT}) | IN_POSTCOPY
 
 
 def _no_receipt(migration: Migration) -> Migration:
@@ -46,7 +46,7 @@ def runs_at_after(role: Role, state: State) -> RunsAt:
     """Where the VM runs once a migration rests in `state`, if nothing else went wrong."""
     if state is State.IN_DOUBT:
         return "in-doubt"
-    return "destination" if state is State.COMPLETED else "source"
+    return "destination" if state is State.COMPLETED or state in IN_POSTCOPY else "source"
 
 
 def state_after_failure(migration: Migration) -> State:

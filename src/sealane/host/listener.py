@@ -125,7 +125,7 @@ class PeerListener:
             self._on_pairing(connection)
         elif preface.kind is ConnectionKind.RENEWAL:
             self._on_renewal(connection)
-        elif preface.label in self._receptions:
+        elif preface.label in self._receptions and not self._receptions[preface.label].may_rejoin:
             connection.close()
         else:
             give_up_when_unanswered(connection)

@@ -25,7 +25,18 @@ from sealane.host.models import Migration, Role
 
 MEDIA_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 ROLES: Final = ("source", "destination")
-STATES: Final = ("queued", "preparing", "copying", "switching-over", "handing-over", "in-doubt", "completed", "aborted")
+STATES: Final = (
+    "queued",
+    "preparing",
+    "copying",
+    "switching-over",
+    "handing-over",
+    "postcopy",
+    "postcopy-paused",
+    "in-doubt",
+    "completed",
+    "aborted",
+)
 OUTCOMES: Final = ("completed", "aborted", "in-doubt")
 REASONS: Final = ("zero", "same", "zstd")
 # Small guests on a fast line take a second, large ones over a slow line hours.

@@ -23,8 +23,19 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 MigrationId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 Role = Literal["source", "destination"]
-State = Literal["queued", "preparing", "copying", "switching-over", "handing-over", "completed", "aborted", "in-doubt"]
-OnStall = Literal["give-up", "auto-converge", "wait"]
+State = Literal[
+    "queued",
+    "preparing",
+    "copying",
+    "switching-over",
+    "handing-over",
+    "postcopy",
+    "postcopy-paused",
+    "completed",
+    "aborted",
+    "in-doubt",
+]
+OnStall = Literal["give-up", "auto-converge", "postcopy", "wait"]
 VmState = Literal["running", "paused", "incoming", "absent", "unreachable", "in-doubt"]
 Protection = Literal["sealed", "selective", "hrt", "shift", "affine", "rc4"]
 RunsAt = Literal["source", "destination", "in-doubt", "nowhere"]
@@ -141,7 +152,8 @@ class MigrationRequest(Model):
 
     `on_stall`: where the guest writes faster than the copy goes, "give-up" leaves the VM at the source once there was no
     progress for `give_up_after_s`; "auto-converge" lets QEMU slow the guest down, to `throttle_max_percent` at most,
-    before that; "wait" never gives up.
+    before that; "postcopy" lets the VM run at the destination before all of its memory is there, once there was no progress
+    for `give_up_after_s`, and from then on the loss of either host loses the VM; "wait" never gives up.
 
     `undefine_source`: a persistent domain of libvirt is forgotten here once it runs there.
 
@@ -182,7 +194,8 @@ class Progress(Model):
     """How far a migration is. Rates are of the last interval; None where nothing is known yet.
 
     `converges` False: the guest writes faster than the copy goes, and no end is in sight; `stalled_s` is how long there
-    was no progress, `throttle_percent` how far QEMU slows the guest down.
+    was no progress, `throttle_percent` how far QEMU slows the guest down, `postcopy_requests` how many pages the guest, which
+    runs at the destination already, could not wait for.
     """
 
     bytes_total: int = 0
@@ -197,6 +210,7 @@ class Progress(Model):
     converges: bool | None = None
     stalled_s: float = 0.0
     throttle_percent: int | None = None
+    postcopy_requests: int | None = None
 
 
 class Result(Model):

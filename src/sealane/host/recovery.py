@@ -8,7 +8,10 @@ A previous agent left them, or a job of this one that could not do its last step
     source       aborted, but not ended                  the same: QEMU did not let the VM run again when it was asked
     source       handing-over, in-doubt                  the VM stays paused: in-doubt; one that runs was refused: aborted
     source       completed, but not ended                the receipt came: end the copy that QEMU says it sent away
-    destination  preparing, copying, switching-over      destroy the launched QEMU, aborted
+    source       postcopy, postcopy-paused               nothing: QEMU keeps its half of the VM's memory, and the VM is held
+    destination  preparing, copying, switching-over      destroy the launched QEMU, aborted; but where a ticket to switch to
+                                                         postcopy is held and QEMU has switched: as postcopy
+    destination  postcopy, postcopy-paused               let the VM run on its half, until the source joins the other one
     destination  aborted, but not ended                  the same: the launched QEMU could not be destroyed
     destination  handing-over                            the ticket is ours: resume, completed
 
@@ -19,12 +22,14 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from typing import Any, Final, cast
 
 import structlog
 
 from sealane.errors import SealaneError, make_error
 from sealane.host.jobs import Jobs
+from sealane.host.migration.postcopy_destination import has_switched
 from sealane.host.models import Migration, RunsAt
 from sealane.host.problems import problem_of
 from sealane.host.registry import is_absent
@@ -34,7 +39,7 @@ from sealane.hypervisor.qmp import QmpMachine
 from sealane.libvirt.domains import is_domain
 from sealane.libvirt.machine import destroy_incoming_domain, open_domain
 from sealane.limits import QMP_TIMEOUT_S
-from sealane.session.handover import ENDED
+from sealane.session.handover import ENDED, IN_POSTCOPY
 
 _log = structlog.get_logger()
 
@@ -48,7 +53,7 @@ class Recovery:
     def __init__(
         self, store: Store, jobs: Jobs, find_qmp: Callable[[str], str | None], *, qmp_timeout_s: float = QMP_TIMEOUT_S
     ) -> None:
-        self._jobs = jobs
+        self._store, self._jobs = store, jobs
         self._find_qmp = find_qmp
         self._qmp_timeout_s = qmp_timeout_s
         self._settled: set[str] = set()
@@ -111,6 +116,49 @@ class Recovery:
                 raise
             return _aborted(entry, "nowhere", "its QEMU is gone")
         return _aborted(entry, "source", f"the VM is {run_state}")
+
+    async def _keep_half(self, entry: JournalEntry) -> Migration:
+        """Ended or run again, the VM would be lost, or there twice: what runs at the destination lacks what is here."""
+        problem = entry.migration.problem or problem_of(
+            make_error("migration.postcopy-paused", "the agent was restarted")
+        )
+        return _changed(entry, state="postcopy-paused", runs_at="destination", problem=problem)
+
+    async def _run_on_half(self, entry: JournalEntry) -> Migration:
+        problem = entry.migration.problem or problem_of(
+            make_error("migration.postcopy-paused", "the agent was restarted")
+        )
+        try:
+            async with self._machine(entry) as machine:
+                if await machine.run_state() != "running":
+                    await machine.resume()
+                if (await machine.migration_status()).status == "completed":
+                    return _changed(entry, state="completed", runs_at="destination", detail="all of its memory is here")
+        except SealaneError as error:
+            if not is_absent(error):
+                raise
+            detail = "the VM was ours, and its QEMU is gone"
+            return _changed(entry, state="completed", runs_at="nowhere", problem=problem_of(error), detail=detail)
+        detail = "a part of the VM's memory is still at the source, which joins it again"
+        return _changed(entry, state="postcopy-paused", runs_at="destination", problem=problem, detail=detail)
+
+    async def _destroy_or_switch(self, entry: JournalEntry) -> Migration:
+        """A ticket to switch to postcopy is in the entry; whether QEMU has switched, only QEMU knows."""
+        if entry.migration.epoch is not None and await self._has_switched(entry):
+            # the journal first, and the VM's epoch with it
+            switched = _changed(entry, state="postcopy", runs_at="destination")
+            self._store.journal(switched, epoch=entry.migration.epoch)
+            return await self._run_on_half(replace(entry, migration=switched))
+        return await self._destroy(entry)
+
+    async def _has_switched(self, entry: JournalEntry) -> bool:
+        try:
+            async with self._machine(entry) as machine:
+                return await has_switched(machine)
+        except SealaneError as error:
+            if not is_absent(error):
+                raise
+            return False
 
     async def _unqueue(self, entry: JournalEntry) -> Migration:
         return _aborted(entry, "source", "it waited in the queue; the VM was not touched")
@@ -185,6 +233,9 @@ _ACTIONS: Final[Mapping[tuple[str, str], Callable[[Recovery, JournalEntry], Awai
     **{("source", state): Recovery._reclaim for state in ("preparing", "copying", "switching-over", "aborted")},
     **{("source", state): Recovery._keep_in_doubt for state in ("handing-over", "in-doubt")},
     ("source", "completed"): Recovery._end_copy,
-    **{("destination", state): Recovery._destroy for state in ("preparing", "copying", "switching-over", "aborted")},
+    **{("source", state): Recovery._keep_half for state in IN_POSTCOPY},
+    **{("destination", state): Recovery._destroy for state in ("preparing", "copying", "aborted")},
+    ("destination", "switching-over"): Recovery._destroy_or_switch,
+    **{("destination", state): Recovery._run_on_half for state in IN_POSTCOPY},
     **{("destination", state): Recovery._take_over for state in ("handing-over", "in-doubt")},
 }

@@ -34,7 +34,11 @@ _HELD: Final[Mapping[tuple[str, str], VmState]] = {
     ("source", "switching-over"): "paused",
     ("source", "handing-over"): "paused",
     ("source", "in-doubt"): "in-doubt",
+    ("source", "postcopy"): "paused",
+    ("source", "postcopy-paused"): "paused",
     ("destination", "handing-over"): "running",
+    ("destination", "postcopy"): "running",
+    ("destination", "postcopy-paused"): "paused",
 }
 
 

@@ -35,13 +35,15 @@ class MigrationParameters:
     """What both ends must agree on. 0 multifd channels: one stream; 0 bandwidth: unbounded; None: QEMU's own limit.
 
     `throttle_max_percent`: QEMU may slow the guest down so far where it writes faster than the copy goes (auto-converge);
-    None: not at all. The source's alone.
+    None: not at all. The source's alone. `postcopy` only allows it; `postcopy_preempt` gives wanted pages a channel of their own.
     """
 
     multifd_channels: int = 0
     max_bandwidth_bytes_per_s: int = 0
     downtime_limit_ms: int | None = None
     throttle_max_percent: int | None = None
+    postcopy: bool = False
+    postcopy_preempt: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class MigrationStatus:
     dirty_rate_bytes_per_s: float | None = None
     rate_bytes_per_s: float | None = None
     throttle_percent: int | None = None
+    postcopy_requests: int | None = None
     error: str | None = None
 
 
@@ -100,6 +103,18 @@ class VmDriver(Protocol):
 
     async def migrate_continue(self) -> None:
         """Let a source that waits in "pre-switchover" send the rest."""
+
+    async def start_postcopy(self) -> None:
+        """Let a source switch to postcopy as soon as it can; the VM is stopped for it, and the switch waits as any other."""
+
+    async def pause_postcopy(self) -> None:
+        """Break the channels of a postcopy, at either end, and return once QEMU keeps its half for a recovery."""
+
+    async def recover_incoming(self, uri: str) -> None:
+        """Let a destination whose postcopy is paused listen on `uri` for the source's other half."""
+
+    async def recover_outgoing(self, uri: str) -> None:
+        """Let a source whose postcopy is paused go on by `uri`."""
 
     async def cancel_migration(self) -> None:
         """End a migration in progress and wait until it has ended; nothing happens when there is none."""

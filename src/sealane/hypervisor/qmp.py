@@ -6,6 +6,7 @@ QMP serves one client at a time: a second one connects and then waits for its gr
 """
 
 import asyncio
+import contextlib
 import logging
 import socket
 import struct
@@ -37,6 +38,8 @@ EVENTS_WAITING_MAX: Final = 4096
 QEMU_DEFAULT_DOWNTIME_LIMIT_MS: Final = 300
 # How often to look where MIGRATION events are off (a migration that something else began).
 BLIND_LOOK_INTERVAL_S: Final = 0.1
+# A QEMU whose sockets were closed pauses its postcopy at once.
+_PAUSES_BY_ITSELF_S: Final = 2.0
 
 _ENDED: Final = {"completed": "completed already", "failed": "failed", "cancelled": "was cancelled"}
 
@@ -46,7 +49,7 @@ _SILENT.disabled = True
 # QEMU's default: how far auto-converge slows a guest down at first; it goes on in steps of `cpu-throttle-increment`.
 THROTTLE_INITIAL_PERCENT: Final = 20
 # Capabilities that are an error where they are wanted and this QEMU has none of them.
-_REFUSED_WITHOUT: Final = ("events", "return-path", "multifd", "auto-converge")
+_REFUSED_WITHOUT: Final = ("events", "return-path", "multifd", "auto-converge", "postcopy-ram", "postcopy-preempt")
 
 # Parameters that an earlier migration, or a person, may have left; only those that this QEMU knows are sent.
 _PARAMETER_DEFAULTS: Final[Mapping[str, object]] = {
@@ -341,12 +344,19 @@ class QmpMachine:
             "late-block-activate": incoming,
             "multifd": parameters.multifd_channels > 0,
             "auto-converge": parameters.throttle_max_percent is not None,
+            "postcopy-ram": parameters.postcopy,
+            "postcopy-preempt": parameters.postcopy and parameters.postcopy_preempt,
         }
         missing = sorted(name for name in _REFUSED_WITHOUT if wanted[name] and name not in known)
         if missing:
             raise make_error("check.capabilities", f"this QEMU has no {', '.join(missing)}")
         states = [{"capability": name, "state": wanted.get(name, False)} for name in sorted(known)]
-        await self.execute("migrate-set-capabilities", {"capabilities": states})
+        try:
+            await self.execute("migrate-set-capabilities", {"capabilities": states})
+        except SealaneError as error:
+            if parameters.postcopy and error.code == "vm.qmp":  # a destination asks the kernel for userfaultfd here
+                raise make_error("check.postcopy", error.detail) from error
+            raise
         await self._set_parameters(parameters)
         if incoming:
             await self.stop()
@@ -357,6 +367,8 @@ class QmpMachine:
         values: dict[str, object] = {name: value for name, value in _PARAMETER_DEFAULTS.items() if name in known}
         values["max-bandwidth"] = parameters.max_bandwidth_bytes_per_s or BANDWIDTH_UNBOUNDED
         values["downtime-limit"] = parameters.downtime_limit_ms or QEMU_DEFAULT_DOWNTIME_LIMIT_MS
+        if parameters.postcopy:  # pages that the guest waits for are bounded too; 0 is unbounded here
+            values["max-postcopy-bandwidth"] = parameters.max_bandwidth_bytes_per_s
         if parameters.throttle_max_percent is not None:
             values["max-cpu-throttle"] = parameters.throttle_max_percent
             values["cpu-throttle-initial"] = min(THROTTLE_INITIAL_PERCENT, parameters.throttle_max_percent)
@@ -375,6 +387,45 @@ class QmpMachine:
     async def migrate_continue(self) -> None:
         """Let a source that waits in "pre-switchover" send the rest."""
         await self.execute("migrate-continue", {"state": "pre-switchover"})
+
+    # Postcopy
+
+    async def start_postcopy(self) -> None:
+        """Stop the VM and let QEMU switch to postcopy; it then waits in "pre-switchover" as at any other switch-over.
+
+        The VM is stopped by us, and not by QEMU's switch: a VM that ran when a switch began is resumed by QEMU itself where
+        the switch fails, also after the destination has all that it needs to run (migration/migration.c, postcopy_start and
+        migration_iteration_finish). One that was paused stays paused.
+        """
+        await self.stop()
+        await self.execute("migrate-start-postcopy")
+
+    async def pause_postcopy(self) -> None:
+        """Break the channels, where QEMU has not seen yet that they are broken, and wait for "postcopy-paused"."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_PAUSES_BY_ITSELF_S):
+                await self._wait_paused()
+            return
+        await self.execute("migrate-pause")
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._wait_paused()
+        except TimeoutError:
+            raise make_error("migration.qemu-failed", "QEMU does not pause its postcopy") from None
+
+    async def _wait_paused(self) -> None:
+        while (status := (await self.migration_status()).status) != "postcopy-paused":
+            if status in INACTIVE_STATUSES:
+                raise make_error("migration.qemu-failed", f"QEMU says of its postcopy: {status}")
+            await asyncio.sleep(BLIND_LOOK_INTERVAL_S)
+
+    async def recover_incoming(self, uri: str) -> None:
+        """A destination in "postcopy-paused" listens on `uri` for the source's other half."""
+        await self.execute("migrate-recover", {"uri": uri})
+
+    async def recover_outgoing(self, uri: str) -> None:
+        """A source in "postcopy-paused" goes on by `uri`; `wait_migration` tells how."""
+        await self.execute("migrate", {"uri": uri, "resume": True})
 
     async def cancel_migration(self) -> None:
         """End an outgoing migration and wait until it has ended; QEMU then lets a guest that ran before run again."""
@@ -420,6 +471,7 @@ class QmpMachine:
             throttle_percent=_as_int(answer["cpu-throttle-percentage"])
             if "cpu-throttle-percentage" in answer
             else None,
+            postcopy_requests=_as_int(ram["postcopy-requests"]) if "postcopy-requests" in ram else None,
             error=cast(str | None, answer.get("error-desc")),
         )
 

@@ -85,8 +85,8 @@ async def test_two_agents_talk_through_real_enclaves_and_leave_nothing(launcher:
     launcher.start()
     before = open_descriptors()
     source, destination = await meet(launcher)
-    destination.call(SendMessage(Prepared(multifd_channels=2).model_dump_json()))
-    assert await source.expect(Prepared, 20) == Prepared(multifd_channels=2)
+    destination.call(SendMessage(Prepared(multifd_channels=2, preempt=False).model_dump_json()))
+    assert await source.expect(Prepared, 20) == Prepared(multifd_channels=2, preempt=False)
     source.finish()
     await destination.wait(destination.finished, 20, "peer.slow", "goodbye")
     destination.finish()
@@ -208,12 +208,12 @@ async def test_time_passes_and_the_shared_future_lives_on(played: Played) -> Non
     assert not agent.established.cancelled()
     with pytest.raises(PeerError, match=r"no word within 0 s \[peer.slow\]"):
         await agent.next_message(0.001, "word")
-    played.enclave.send(Message(Prepared(multifd_channels=0).model_dump_json()))
-    assert await agent.next_message(5, "word") == Prepared(multifd_channels=0)
+    played.enclave.send(Message(Prepared(multifd_channels=0, preempt=False).model_dump_json()))
+    assert await agent.next_message(5, "word") == Prepared(multifd_channels=0, preempt=False)
 
 
 async def test_a_message_out_of_turn(played: Played) -> None:
-    played.enclave.send(Message(Prepared(multifd_channels=0).model_dump_json()))
+    played.enclave.send(Message(Prepared(multifd_channels=0, preempt=False).model_dump_json()))
     with pytest.raises(PeerError, match="`prepared` came out of turn"):
         await played.agent.expect(Loaded, 5)
 

@@ -175,7 +175,7 @@ def a_reception(store: Store) -> Reception:
 def a_prepare(epoch: int) -> messages.Prepare:
     return messages.Prepare(
         vm="web01", uuid="u", qemu_version=(10, 0, 0), machine_type="q35", memory_bytes=1, cpus=1, capabilities=[],
-        multifd_channels=0, epoch=epoch, vtpm=None, domain=None,
+        multifd_channels=0, epoch=epoch, vtpm=None, domain=None, postcopy=False,
     )  # fmt: skip
 
 
@@ -192,7 +192,7 @@ async def test_a_proven_peer_says_soon_what_it_wants(store: Store, monkeypatch: 
     limits: list[float] = []
 
     class Enclave:
-        async def expect(self, _kind: object, timeout_s: float) -> None:
+        async def next_message(self, timeout_s: float, _what: str) -> None:
             limits.append(timeout_s)
             raise make_error("peer.slow")
 

@@ -9,12 +9,17 @@ from hypothesis import strategies as st
 
 from sealane.errors import PeerError
 from sealane.host.migration.messages import (
+    Arrived,
     Loaded,
     Message,
+    PostcopyTicket,
     Prepare,
     Prepared,
     Receipt,
+    Rejoin,
+    Rejoined,
     Ticket,
+    TicketHeld,
     TicketRefused,
     parse_message,
 )
@@ -32,17 +37,23 @@ PREPARE = Prepare(
     cpus=2,
     capabilities=["events", "multifd", "return-path"],
     multifd_channels=None,
+    postcopy=True,
     epoch=0,
     vtpm=None,
     domain=None,
 )
 MESSAGES: list[Message] = [
     PREPARE,
-    Prepared(multifd_channels=LANES_MAX - 2),
+    Prepared(multifd_channels=LANES_MAX - 2, preempt=True),
     Loaded(digest=DIGEST),
     Ticket(vm="web01", epoch=1, digest=DIGEST, vtpm=VtpmFacts(ek_sha256=DIGEST, version=7, counter=2)),
     Receipt(vm="web01", epoch=1, since_resume_ms=0.5),
     TicketRefused(code="vm.not-running", detail="QEMU did not resume the VM"),
+    PostcopyTicket(vm="web01", epoch=1),
+    TicketHeld(epoch=1),
+    Arrived(epoch=1, digest=DIGEST),
+    Rejoin(vm="web01", epoch=1),
+    Rejoined(lanes=2),
 ]
 EACH = pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.kind)
 

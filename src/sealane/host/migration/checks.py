@@ -11,6 +11,9 @@ from sealane.limits import GIB, MIB, MULTIFD_CHANNELS_DEFAULT
 # Without these a migration cannot be handed over: QEMU must wait for our word, and say how it went.
 NEEDED_CAPABILITIES: Final = frozenset({"return-path", "events", "pause-before-switchover"})
 MULTIFD: Final = "multifd"
+POSTCOPY: Final = "postcopy-ram"
+PREEMPT: Final = "postcopy-preempt"
+POSTCOPY_WITH_MULTIFD: Final = (10, 1, 0)
 # QEMU's own needs beside the guest's memory: device state, page tables, the migration's buffers.
 _BESIDE_GUEST_BYTES: Final = 64 * MIB
 
@@ -68,6 +71,26 @@ def check_same_machine(wanted: Prepare, here: VmDescription) -> None:
     missing = NEEDED_CAPABILITIES - {"pause-before-switchover"} - here.capabilities
     if missing:
         raise ControlError("check.capabilities", f"the destination's QEMU lacks {', '.join(sorted(missing))}")
+
+
+def check_postcopy(vm: VmDescription, multifd_channels: int | None, *, has_vtpm: bool) -> None:
+    """Raise where this QEMU cannot do postcopy, or not with the multifd channels that were asked for.
+
+    A TPM of the VM's own must have left its host when the VM runs elsewhere, and in postcopy nobody can say that of both yet.
+    """
+    if has_vtpm:
+        raise ControlError(
+            "check.postcopy", "a VM with a TPM of its own does not go by postcopy: leave --on-stall postcopy out"
+        )
+    if POSTCOPY not in vm.capabilities:
+        raise ControlError("check.postcopy", "this QEMU has no postcopy-ram")
+    if multifd_channels and vm.qemu_version < POSTCOPY_WITH_MULTIFD:
+        raise ControlError("check.postcopy", "this QEMU has no postcopy together with multifd: leave --multifd out")
+
+
+def choose_preempt(source: frozenset[str], destination: frozenset[str]) -> bool:
+    """Whether wanted pages get a channel of their own: where both ends have that."""
+    return PREEMPT in source and PREEMPT in destination
 
 
 def choose_multifd_channels(wanted: int | None, source: frozenset[str], destination: frozenset[str]) -> int:

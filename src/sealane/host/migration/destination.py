@@ -6,7 +6,8 @@
     switching-over   QEMU has loaded everything and is paused; the lanes' digest goes to the source
     handing-over     the ticket is journalled: the VM is ours, and is resumed
 
-Up to the journalling of the ticket every failure destroys what was launched here.
+Up to the journalling of the ticket every failure destroys what was launched here. Where the source switches to postcopy, it is
+`postcopy_destination` that takes the VM over.
 """
 
 import asyncio
@@ -20,7 +21,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from sealane.enclave.interface import (
     AcceptLane,
-    AttachVm,
     AttachVtpm,
     Begin,
     ExpectLanes,
@@ -28,19 +28,23 @@ from sealane.enclave.interface import (
     PeerEstablished,
     SendMessage,
 )
-from sealane.errors import ControlError, InternalError, SealaneError, for_peer, make_error
+from sealane.errors import ControlError, InternalError, PeerError, SealaneError, for_peer, make_error
 from sealane.host.jobs import Job
 from sealane.host.migration import messages
+from sealane.host.migration.attaching import Attaching
 from sealane.host.migration.checks import (
     available_memory_bytes,
     check_free_memory,
+    check_postcopy,
     check_same_machine,
     choose_multifd_channels,
+    choose_preempt,
 )
 from sealane.host.migration.context import LANE_CIPHER, MigrationContext
-from sealane.host.migration.dialling import SocketDirectory, dial_vm
+from sealane.host.migration.dialling import SocketDirectory
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
 from sealane.host.migration.gate import pass_gate, trust_of
+from sealane.host.migration.postcopy_destination import Arrival, Half, has_switched
 from sealane.host.migration.receipt_exchange import give_copy, take_copy
 from sealane.host.migration.stall import StallLimit
 from sealane.host.migration.vtpm_steps import vtpm_abandoned, vtpm_taken
@@ -62,7 +66,7 @@ from sealane.limits import (
     QMP_TIMEOUT_S,
 )
 from sealane.seal.protect import readable_words
-from sealane.session.handover import Handover, Input, Role
+from sealane.session.handover import IN_POSTCOPY, Handover, Input, Role, State
 
 PROGRESS_EVERY_S: Final = 0.5
 _GOODBYE_WAIT_S: Final = 5.0
@@ -96,6 +100,12 @@ class Reception:
         """Whether the peer has proved who it is."""
         return self.peer_fingerprint is not None
 
+    @property
+    def may_rejoin(self) -> bool:
+        """Whether it became a postcopy, whose source may come back after a cut."""
+        job = self._context.jobs.job(self._id)
+        return isinstance(job, DestinationMigration) and job.may_rejoin
+
     async def meet(self, connection: socket.socket) -> Job:
         """Meet the peer and begin the job that it asks for; raises SealaneError, having told the peer."""
         try:
@@ -124,13 +134,25 @@ class Reception:
         """The job that the peer asks for. A known peer's wish leaves a journal entry and a receipt, whatever refuses it."""
         vm = _name_or(met.vm, UNNAMED)
         try:
-            prepare = await enclave.expect(messages.Prepare, PREPARE_TIMEOUT_S)
+            prepare = await enclave.next_message(PREPARE_TIMEOUT_S, "`prepare` from the peer")
+            if isinstance(prepare, messages.Rejoin):
+                return self._rejoined(enclave, met, prepare)
+            if not isinstance(prepare, messages.Prepare):
+                raise PeerError("peer.message", f"`{prepare.kind}` came out of turn")
             vm = prepare.vm
             return self._begin_job(enclave, met, prepare)
         except SealaneError as error:
             facts = channel_facts(met)
             self._context.jobs.refuse(error, vm=vm, role="destination", peer=met.peer_name, id=self._id, **facts)
             raise
+
+    def _rejoined(self, enclave: EnclaveProcess, met: PeerEstablished, wish: messages.Rejoin) -> Job:
+        """The live job whose postcopy was cut, and which this peer began; raises `migration.unknown` where there is none."""
+        job = self._context.jobs.job(self._id)
+        if not isinstance(job, DestinationMigration) or (wish.vm, wish.epoch) != (met.vm, met.epoch):
+            raise make_error("migration.unknown", "no postcopy of that VM waits here")
+        job.rejoin(met, wish, Half(enclave, self.expect_lanes))
+        return job
 
     def _note_unproven(self, error: SealaneError) -> None:
         """Evidence was refused, at either end: only a peer whose certificate is trusted comes so far. It leaves a receipt."""
@@ -283,8 +305,11 @@ class DestinationMigration(Job):
         self._loaded_told = False
         self._vtpm_begun = False
         self._resumed = False
-        self._main_attached = asyncio.Event()
         self._attaching: set[asyncio.Task[None]] = set()
+        self._main_attached = asyncio.Event()
+        self._dialling: Attaching | None = None
+        self._arrival: Arrival | None = None
+        self._preempt = False
         self._begun = time.monotonic()
 
     async def run(self) -> None:
@@ -296,8 +321,8 @@ class DestinationMigration(Job):
                 except BaseException as error:
                     await uninterrupted(self._give_up(error))
         finally:
-            for task in self._attaching:
-                task.cancel()
+            if self._dialling is not None:
+                self._dialling.cancel()
             await uninterrupted(self._enclave.reap())
 
     async def _receive(self, directory: Path) -> None:
@@ -308,8 +333,12 @@ class DestinationMigration(Job):
             channels = await self._make_ready(qemu, path)
             await self._open_lanes(path, channels)
             self._step(Input.PREPARED, detail="the VM's memory comes in", multifd_channels=channels)
-            digest = await self._load(qemu)
-            self._loaded_told = True
+            ticket_or_digest = await self._load_or_switch(qemu)
+            self._loaded_told = True  # from here on only our word brings the VM back to the source
+            if isinstance(ticket_or_digest, messages.PostcopyTicket):
+                await self._arrive_by_postcopy(qemu, ticket_or_digest, directory)
+                return
+            digest = ticket_or_digest
             self._enclave.call(SendMessage(messages.Loaded(digest=digest).model_dump_json()))
             # journalled while the word travels: up to the ticket, copying and switching-over recover alike
             self._step(Input.VM_STOPPED, detail="everything came and is loaded, paused")
@@ -359,37 +388,71 @@ class DestinationMigration(Job):
         )
         if (link := await self._context.vtpms.link(self._vm)) is not None:
             self._enclave.call(AttachVtpm(), link)
-        await qemu.configure_migration(MigrationParameters(multifd_channels=channels), incoming=True)
+        if self._prepare.postcopy:
+            check_postcopy(here, channels, has_vtpm=self._prepare.vtpm is not None or self._vm.vtpm is not None)
+            self._preempt = choose_preempt(frozenset(self._prepare.capabilities), here.capabilities)
+        parameters = MigrationParameters(
+            multifd_channels=channels, postcopy=self._prepare.postcopy, postcopy_preempt=self._preempt
+        )
+        await qemu.configure_migration(parameters, incoming=True)
         await qemu.migrate_incoming(f"unix:{path}")
         return channels
 
     async def _open_lanes(self, path: Path, channels: int) -> None:
-        self._enclave.on_vm_wanted = lambda lane: self._attach_soon(lane, path)
-        self._enclave.call(ExpectLanes(1 + channels))
+        self._dialling = Attaching(self._enclave, path, preempt=channels + 1 if self._preempt else None)
+        self._enclave.call(ExpectLanes(1 + channels + self._preempt))
         tokens = self._enclave.lane_tokens
         self._reception.expect_lanes(await self._enclave.wait(tokens, QMP_TIMEOUT_S, "enclave.slow", "tokens of lanes"))
-        self._enclave.call(SendMessage(messages.Prepared(multifd_channels=channels).model_dump_json()))
+        prepared = messages.Prepared(multifd_channels=channels, preempt=self._preempt)
+        self._enclave.call(SendMessage(prepared.model_dump_json()))
         await self._enclave.wait(
             self._enclave.lanes_open, CHANNEL_ANSWER_TIMEOUT_S + LANE_OPEN_TIMEOUT_S, "peer.slow", "lanes"
         )
 
     # ---- receiving
 
-    def _attach_soon(self, lane: int, path: Path) -> None:
-        task = asyncio.create_task(self._attach(lane, path), name=f"attach lane {lane}")
-        self._attaching.add(task)
-        task.add_done_callback(self._attaching.discard)
-
-    async def _attach(self, lane: int, path: Path) -> None:
-        """Dial QEMU for a lane, lane 0 first: an older QEMU tells channels apart by the order in which they come."""
+    async def _load_or_switch(self, qemu: QmpMachine) -> str | messages.PostcopyTicket:
+        """Wait until QEMU has loaded everything, or the source wants to switch to postcopy: the lanes' digest, or the ticket."""
+        loading = asyncio.ensure_future(self._load(qemu))
+        waiting: set[asyncio.Future[Any]] = {loading}
+        if self._prepare.postcopy:
+            waiting.add(asyncio.ensure_future(self._enclave.expect(messages.PostcopyTicket, None)))
         try:
-            if lane:
-                await self._main_attached.wait()
-            self._enclave.call(AttachVm(lane), await dial_vm(path))
-            if not lane:
-                self._main_attached.set()
-        except SealaneError as error:
-            self._enclave.fail(error)
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            first: str | messages.PostcopyTicket = (loading if loading in done else done.pop()).result()
+            return first
+        finally:
+            for each in waiting:
+                each.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+    async def _arrive_by_postcopy(self, qemu: QmpMachine, ticket: messages.PostcopyTicket, directory: Path) -> None:
+        self._arrival = arrival = Arrival(self, self._handover, qemu, directory, 1 + self._preempt, self._enclave)
+        await arrival.take(ticket, self._prepare.epoch + 1)
+        await self._see_in(arrival)
+
+    async def _see_in(self, arrival: Arrival) -> None:
+        try:
+            await arrival.see_through()
+        finally:
+            self._enclave = arrival.enclave
+        arrival.say_arrived()
+        await self._complete(stream_digest=arrival.digest, problem=None)
+
+    @property
+    def may_rejoin(self) -> bool:
+        """Whether the VM's memory is in two halves, so that the source may come back on a new channel."""
+        return self._handover.state in IN_POSTCOPY
+
+    def rejoin(self, met: PeerEstablished, wish: messages.Rejoin, half: Half) -> None:
+        """The source came back; raises `migration.unknown` where it is another peer, VM or epoch, or postcopy is over."""
+        mine = (self._met.peer_fingerprint, self._vm.name, self.migration.epoch)
+        if self._arrival is None or not self.may_rejoin or (met.peer_fingerprint, wish.vm, wish.epoch) != mine:
+            raise make_error("migration.unknown", "no postcopy of that VM waits here")
+        try:
+            self._arrival.rejoining.put_nowait(half)
+        except asyncio.QueueFull:
+            raise make_error("vm.busy", "the halves are being joined already") from None
 
     async def _load(self, qemu: QmpMachine) -> str:
         """Wait until QEMU has loaded everything and both ends have closed every lane; returns the lanes' digest."""
@@ -437,12 +500,15 @@ class DestinationMigration(Job):
         self._enclave.call(SendMessage(receipt.model_dump_json()))
         self._handover.step(Input.RECEIPT)
         await vtpm_taken(self, self._context, self._vm, ticket)
+        await self._complete()
+
+    async def _complete(self, **facts: Any) -> None:
         result = Result(
             total_ms=(time.monotonic() - self._begun) * 1e3,
             bytes_wire=self._enclave.counters.wire_bytes,
             **self._enclave.costs(),
         )
-        self.end(state="completed", runs_at="destination", detail="", result=result)
+        self.end(state="completed", runs_at="destination", detail="", result=result, **facts)
         give_copy(self, self._enclave, self._context.receipts)
         await take_copy(self, self._enclave, self._context.receipts)
         last_words: set[asyncio.Future[Any]] = {self._enclave.finished, self._enclave.failed}
@@ -458,6 +524,9 @@ class DestinationMigration(Job):
         reason = await self._better_reason(self._as_sealane_error(error))
         if not isinstance(error, (SealaneError, asyncio.CancelledError)):
             self.log.error("unexpected error", exc_info=error)
+        if self._handover.state in IN_POSTCOPY or await self._has_switched():
+            self._leave_half(reason)
+            return
         if self._handover.may_resume_here:
             await self._refuse_or_keep(reason)
             return
@@ -473,6 +542,23 @@ class DestinationMigration(Job):
             self.leave(state="aborted", runs_at="source", problem=problem_of(reason), detail=detail)
         else:
             self.end(state="aborted", runs_at="source", problem=problem_of(reason))
+
+    async def _has_switched(self) -> bool:
+        """Whether a postcopy ticket is held and QEMU has switched, though that could not be journalled."""
+        if self._arrival is None or self._handover.state is not State.SWITCHING_OVER:
+            return False
+        try:
+            return await has_switched(self._arrival.qemu)
+        except SealaneError:
+            return False
+
+    def _leave_half(self, reason: SealaneError) -> None:
+        """This half of the VM's memory is kept, and so is the VM that runs on it: recovery goes on from here."""
+        self._enclave.abort(for_peer(reason))
+        if self._handover.state is State.POSTCOPY:
+            self._handover.step(Input.FAILED)
+        detail = f"a part of {self._vm.name}'s memory is still at {self.migration.peer}: {reason.detail}"
+        self.leave(state=self._handover.state.value, runs_at="destination", problem=problem_of(reason), detail=detail)
 
     async def _refuse_or_keep(self, reason: SealaneError) -> None:
         """The ticket is ours. A copy that runs stays, whoever else failed; one that never ran may be given back."""

@@ -112,6 +112,14 @@ async def dial_vm(path: Path) -> socket.socket:
     return connection
 
 
+async def close_unused(path: Path) -> None:
+    """Take the place of a connection that a source's QEMU was to make and did not need, and close it."""
+    # where it was made, nobody listens any more
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(connection, str(path))
+
+
 def listen_for_vm(path: Path, backlog: int) -> socket.socket:
     """The unix socket that a source's QEMU will dial, for its user alone; raises `host.permission`."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

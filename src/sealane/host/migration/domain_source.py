@@ -101,12 +101,16 @@ class DomainSource(SourceMigration):
         self._lines.end_lane()
         loaded = await self._wait_loaded(enclave, cast(QmpMachine, machine))
         self._lines.gate.is_released = True
-        await self._hand_over(enclave, cast(QmpMachine, _LeavingDomain(self)), loaded, vm)
+        await self._hand_over(enclave, cast(QmpMachine, _LeavingDomain(self)), loaded)
 
     async def _look_at_domain(self, machine: DomainMachine) -> tuple[DomainFacts, VmDescription]:
         self.update(detail="looking at the domain")
         if self._request.protection != "sealed" or self._request.switchover_hook:
             raise make_error("usage.argument", "domains of libvirt go sealed, and without a switch-over hook")
+        if self._request.on_stall == "postcopy":
+            raise make_error(
+                "check.postcopy", "domains of libvirt do not go by postcopy", mend="choose another --on-stall"
+            )
         state = await machine.run_state()
         if state != "running":
             raise ControlError("vm.not-running", f"libvirt says that the domain is {state}")
@@ -130,6 +134,7 @@ class DomainSource(SourceMigration):
             multifd_channels=self._request.multifd_channels,
             epoch=self.store.epoch(self._vm.name),
             vtpm=None,
+            postcopy=False,
             domain=messages.DomainWish(
                 uri=machine.address.uri, least_level=self._vm.least_level, labels=dict(self._vm.labels)
             ),

@@ -11,6 +11,20 @@
              <-------------------  ReceiptCopy    the destination's signed receipt
     ReceiptCopy  -------------->                  the source's, which names the other
 
+By postcopy, while the lanes are open:
+
+    PostcopyTicket  ------------>                 the VM is paused and complete here; it will be given up
+             <-------------------  TicketHeld     journalled; then the source journals, and lets its QEMU switch
+             <-------------------  Receipt        the VM runs at the destination
+             <-------------------  Arrived        all of its memory is there, and every lane closed
+                                   TicketRefused  instead of Receipt: QEMU did not come through the switch
+
+and on a new channel, when the lanes were cut meanwhile:
+
+    Rejoin   ------------------->                 which VM and epoch
+             <-------------------  Rejoined       the destination's QEMU listens again
+                                   Arrived, TicketRefused   instead: it has all, or never had it
+
 Anything that goes wrong before the ticket travels as the channel's own refusal.
 """
 
@@ -63,13 +77,15 @@ class Prepare(_Message):
     epoch: Annotated[int, Field(ge=0, le=EPOCH_MAX)]
     vtpm: VtpmFacts | None
     domain: DomainWish | None
+    postcopy: bool
 
 
 class Prepared(_Message):
-    """The destination's QEMU listens."""
+    """The destination's QEMU listens; `preempt`: for a further lane too, which postcopy's wanted pages take."""
 
     kind: Literal["prepared"] = "prepared"
     multifd_channels: Channels
+    preempt: bool
 
 
 class Loaded(_Message):
@@ -87,6 +103,44 @@ class Ticket(_Message):
     epoch: Annotated[int, Field(gt=0, le=EPOCH_MAX + 1)]
     digest: Digest
     vtpm: VtpmFacts | None
+
+
+class PostcopyTicket(_Message):
+    """The VM will be the destination's once its QEMU has switched to postcopy, and not before."""
+
+    kind: Literal["postcopy-ticket"] = "postcopy-ticket"
+    vm: Name
+    epoch: Annotated[int, Field(gt=0, le=EPOCH_MAX + 1)]
+
+
+class TicketHeld(_Message):
+    """The postcopy ticket is journalled."""
+
+    kind: Literal["ticket-held"] = "ticket-held"
+    epoch: Annotated[int, Field(gt=0, le=EPOCH_MAX + 1)]
+
+
+class Arrived(_Message):
+    """Postcopy is over: the destination has every page. `digest` is its enclave's over the last lanes, if it has one."""
+
+    kind: Literal["arrived"] = "arrived"
+    epoch: Annotated[int, Field(gt=0, le=EPOCH_MAX + 1)]
+    digest: Digest | None
+
+
+class Rejoin(_Message):
+    """Postcopy was cut half-way: join the two halves of this VM again."""
+
+    kind: Literal["rejoin"] = "rejoin"
+    vm: Name
+    epoch: Annotated[int, Field(gt=0, le=EPOCH_MAX + 1)]
+
+
+class Rejoined(_Message):
+    """The destination's QEMU listens again, for so many lanes."""
+
+    kind: Literal["rejoined"] = "rejoined"
+    lanes: Annotated[int, Field(ge=1, le=LANES_MAX)]
 
 
 class Receipt(_Message):
@@ -114,7 +168,20 @@ class ReceiptCopy(_Message):
     certificate: Annotated[str, Field(max_length=4096)]
 
 
-Message = Prepare | Prepared | Loaded | Ticket | Receipt | TicketRefused | ReceiptCopy
+Message = (
+    Prepare
+    | Prepared
+    | Loaded
+    | Ticket
+    | Receipt
+    | TicketRefused
+    | ReceiptCopy
+    | PostcopyTicket
+    | TicketHeld
+    | Arrived
+    | Rejoin
+    | Rejoined
+)
 _ADAPTER: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
 
 

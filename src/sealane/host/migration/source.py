@@ -6,7 +6,7 @@
     handing-over     `released` is journalled: the VM is no longer ours; ticket out, receipt in
 
 Up to the journalling of `released` every failure ends with the VM running here; after it, only the destination's word
-that its copy is destroyed brings the VM back.
+that its copy is destroyed brings the VM back. By postcopy it is `postcopy_source` that gives the VM up and sees it through.
 """
 
 import asyncio
@@ -33,12 +33,13 @@ from sealane.errors import (
 )
 from sealane.host.jobs import Job
 from sealane.host.migration import messages
-from sealane.host.migration.checks import check_source
+from sealane.host.migration.checks import check_postcopy, check_source
 from sealane.host.migration.context import LANE_CIPHER, MigrationContext
 from sealane.host.migration.convergence import Convergence, Outlook, words_of
 from sealane.host.migration.dialling import (
     SocketDirectory,
     all_or_none,
+    close_unused,
     dial_peer,
     give_up_when_unanswered,
     listen_for_vm,
@@ -46,6 +47,7 @@ from sealane.host.migration.dialling import (
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
 from sealane.host.migration.gate import pass_gate
 from sealane.host.migration.monitoring import GuestMonitoring
+from sealane.host.migration.postcopy_source import Departure
 from sealane.host.migration.receipt_exchange import give_copy, take_copy
 from sealane.host.migration.stall import StallLimit
 from sealane.host.migration.vtpm_steps import vtpm_left, vtpm_stays
@@ -64,7 +66,7 @@ from sealane.limits import (
     LOADED_TIMEOUT_S,
     TAKE_BACK_TRIES,
 )
-from sealane.session.handover import Handover, Input, Role, State
+from sealane.session.handover import IN_POSTCOPY, Handover, Input, Role, State
 
 T = TypeVar("T")
 PROGRESS_EVERY_S: Final = 0.25
@@ -81,6 +83,7 @@ class _Clockwork:
     copy_started: float | None = None
     vm_stopped: float | None = None
     receipt: float | None = None
+    arrived: float | None = None
 
 
 class SourceMigration(Job):
@@ -104,6 +107,7 @@ class SourceMigration(Job):
         self._ran_before = False
         self._convergence = Convergence(None if request.on_stall == "wait" else request.give_up_after_s)
         self._monitoring = GuestMonitoring(migration.protection, self.log)
+        self._by_postcopy = False
 
     async def run(self) -> None:
         """Carry the migration out; ends in completed, aborted or in-doubt whatever happens."""
@@ -136,21 +140,31 @@ class SourceMigration(Job):
                 throttle_max_percent=(
                     self._request.throttle_max_percent if self._request.on_stall == "auto-converge" else None
                 ),
+                postcopy=self._may_postcopy,
+                postcopy_preempt=prepared.preempt,
             ),
             incoming=False,
         )
         if (link := await self._context.vtpms.link(self._vm)) is not None:
             enclave.call(AttachVtpm(), link)
         path = directory / "out.sock"
-        await self._open_lanes(enclave, path, 1 + prepared.multifd_channels)
+        await self._open_lanes(enclave, path, 1 + prepared.multifd_channels + prepared.preempt)
         await self._monitoring.first_look()
         self._step(Input.PREPARED, detail="the VM's memory goes over", multifd_channels=prepared.multifd_channels)
         self._times.copy_started = time.monotonic()
         await self._watch(qemu.migrate(f"unix:{path}"))
         await self._copy(qemu)
         await self._switch_over(qemu)
+        if self._by_postcopy:
+            departure = self._departure(qemu, directory)
+            await departure.switch(enclave)
+            await self._see_off(qemu, departure, enclave)
+            return
+        await self._send_rest(qemu)
+        if prepared.preempt:
+            await close_unused(path)
         loaded = await self._wait_loaded(enclave, qemu)
-        await self._hand_over(enclave, qemu, loaded, vm)
+        await self._hand_over(enclave, qemu, loaded)
 
     async def _look(self, qemu: QmpMachine) -> VmDescription:
         self.update(detail="looking at the VM")
@@ -161,7 +175,13 @@ class SourceMigration(Job):
             raise ControlError("vm.busy", "QEMU is in a migration that is not Sealane's")
         self._ran_before = True
         check_source(vm)
+        if self._may_postcopy:
+            check_postcopy(vm, self._request.multifd_channels, has_vtpm=self._vm.vtpm is not None)
         return vm
+
+    @property
+    def _may_postcopy(self) -> bool:
+        return self._request.on_stall == "postcopy"
 
     async def _meet(self, qemu: QmpMachine) -> EnclaveProcess:
         self.update(detail=f"meeting {self._peer.name}")
@@ -211,10 +231,11 @@ class SourceMigration(Job):
             memory_bytes=vm.memory_bytes,
             cpus=vm.cpus,
             capabilities=sorted(vm.capabilities),
-            multifd_channels=self._request.multifd_channels,
+            multifd_channels=0 if self._may_postcopy else self._request.multifd_channels,
             epoch=self.store.epoch(self._vm.name),
             vtpm=self._context.vtpms.facts(self._vm),
             domain=None,
+            postcopy=self._may_postcopy,
         )
         self.update(vtpm=prepare.vtpm)
         self.update(detail=f"{self._peer.name} prepares")
@@ -263,7 +284,23 @@ class SourceMigration(Job):
     async def _tell_progress(self, qemu: QmpMachine) -> None:
         status = await qemu.migration_status()
         await self._monitoring.iteration(status.iteration)
-        self._convergence.judge(status, lambda outlook: self._tell_outlook(status, outlook))
+        if self._by_postcopy:
+            return
+        try:
+            self._convergence.judge(status, lambda outlook: self._tell_outlook(status, outlook))
+        except ControlError as error:
+            if not self._may_postcopy or error.code != "migration.no-convergence":
+                raise
+            await self._start_postcopy(qemu, error)
+
+    async def _start_postcopy(self, qemu: QmpMachine, why: SealaneError) -> None:
+        """From here on as any switch-over: the VM is paused, and comes back here whatever fails before the VM is given up."""
+        self._by_postcopy = True
+        self.log.info("postcopy", reason=why.detail)
+        self._step(
+            Input.VM_STOPPED, detail=f"on to postcopy: {why.detail}"
+        )  # who finds the VM paused must know by whom
+        await qemu.start_postcopy()
 
     def _tell_outlook(self, status: MigrationStatus, outlook: Outlook) -> None:
         self._say_whether_it_converges(status, outlook)
@@ -296,11 +333,14 @@ class SourceMigration(Job):
 
     async def _switch_over(self, qemu: QmpMachine) -> None:
         self._times.vm_stopped = self._moment_of("STOP")
-        state = self._handover.step(Input.VM_STOPPED)
-        self.update(state=state.value, detail="the VM is paused, the rest goes over")
+        if not self._by_postcopy:
+            state = self._handover.step(Input.VM_STOPPED)
+            self.update(state=state.value, detail="the VM is paused, the rest goes over")
         if self._request.switchover_hook:
             await self._watch(self._ask_hook(self._request.switchover_hook))
         await self._monitoring.switch_over()
+
+    async def _send_rest(self, qemu: QmpMachine) -> None:
         await self._watch(qemu.migrate_continue())
         self.journal()  # while QEMU sends: up to `released`, copying and switching-over recover alike
         await self._watch(qemu.wait_migration({"completed"}, LOADED_TIMEOUT_S))
@@ -340,9 +380,7 @@ class SourceMigration(Job):
 
     # ---- the hand-over
 
-    async def _hand_over(
-        self, enclave: EnclaveProcess, qemu: QmpMachine, loaded: messages.Loaded, vm: VmDescription
-    ) -> None:
+    async def _hand_over(self, enclave: EnclaveProcess, qemu: QmpMachine, loaded: messages.Loaded) -> None:
         if enclave.failed.done():  # known before anything is given up
             raise enclave.failed.result()
         epoch = self.store.epoch(self._vm.name) + 1
@@ -358,11 +396,18 @@ class SourceMigration(Job):
         if not isinstance(answer, messages.Receipt) or (answer.vm, answer.epoch) != (self._vm.name, epoch):
             raise PeerError("peer.message", "something else came instead of the receipt")
         self._handover.step(Input.RECEIPT)
+        await self._complete(enclave, qemu, answer)
+
+    async def _complete(
+        self, enclave: EnclaveProcess, qemu: QmpMachine, receipt: messages.Receipt | None, **facts: Any
+    ) -> None:
+        """The VM is away for good: write it down, end the copy here, exchange receipts."""
         done: dict[str, Any] = {
             "state": "completed",
             "runs_at": "destination",
             "detail": "",
-            "result": self._result(answer),
+            "result": self._result(receipt),
+            **facts,
         }
         try:
             self.journal(**done)
@@ -378,6 +423,44 @@ class SourceMigration(Job):
         give_copy(self, enclave, receipts)
         enclave.finish()
 
+    # ---- by postcopy
+
+    def _departure(self, qemu: QmpMachine, directory: Path) -> Departure:
+        limits = self._context.settings.limits
+        return Departure(
+            self,
+            self._handover,
+            qemu,
+            directory,
+            meet=lambda: self._meet(qemu),
+            open_lanes=self._open_lanes,
+            tell=lambda: self._tell_postcopy(qemu),
+            word_timeout_s=limits.word_timeout_s,
+            stall_timeout_s=limits.stall_timeout_s,
+        )
+
+    async def _see_off(self, qemu: QmpMachine, departure: Departure, enclave: EnclaveProcess | None) -> None:
+        enclave = await departure.see_through(enclave)
+        self._times.receipt, self._times.arrived = departure.heard_at, time.monotonic()
+        await self._complete(enclave, qemu, departure.receipt, stream_digest=departure.digest, problem=None)
+
+    async def _tell_postcopy(self, qemu: QmpMachine) -> None:
+        status = await qemu.migration_status()
+        before = self._migration.progress
+        self.update(
+            progress=before.model_copy(
+                update={
+                    "bytes_remaining": status.ram_remaining,
+                    "bytes_transferred": status.ram_transferred,
+                    "bytes_wire": self._wire_bytes(),
+                    "rate_bytes_per_s": status.rate_bytes_per_s,
+                    "postcopy_requests": status.postcopy_requests,
+                    "eta_s": None,
+                    "converges": None,
+                }
+            )
+        )
+
     def _send_ticket(self, enclave: EnclaveProcess, ticket: messages.Ticket) -> None:
         """Give the ticket to the enclave. Where that fails it is nobody's: a packet's socket takes all of it or nothing."""
         try:
@@ -386,15 +469,16 @@ class SourceMigration(Job):
             self._handover.step(Input.NOT_SENT)
             raise
 
-    def _result(self, receipt: messages.Receipt) -> Result:
+    def _result(self, receipt: messages.Receipt | None) -> Result:
+        """By postcopy the copy goes on after the receipt, and a receipt that a cut swallowed leaves the downtime unknown."""
         times = self._times
-        assert times.receipt is not None  # noqa: S101 - the caller has it
         downtime = None
-        if times.vm_stopped is not None:
+        if times.vm_stopped is not None and times.receipt is not None and receipt is not None:
             downtime = max(0.0, (times.receipt - times.vm_stopped) * 1e3 - receipt.since_resume_ms)
-        copied = None if times.copy_started is None else (times.receipt - times.copy_started) * 1e3
+        over = times.arrived or times.receipt or time.monotonic()
+        copied = None if times.copy_started is None else (over - times.copy_started) * 1e3
         return Result(
-            total_ms=(times.receipt - times.requested) * 1e3,
+            total_ms=(over - times.requested) * 1e3,
             copy_ms=copied,
             downtime_ms=downtime,
             bytes_wire=self._wire_bytes(),
@@ -407,7 +491,9 @@ class SourceMigration(Job):
     async def _give_up(self, error: BaseException) -> None:
         """Abort, or be in doubt: the VM runs here again, unless it may run there."""
         reason = self._reason_of(error)
-        if self._handover.may_resume_here:
+        if self._handover.state in IN_POSTCOPY:
+            self._leave_parted(reason)
+        elif self._handover.may_resume_here:
             reason = await self._better_reason(reason)
             if self._enclave is not None:
                 self._enclave.abort(for_peer(reason))
@@ -428,6 +514,15 @@ class SourceMigration(Job):
         if not isinstance(error, (SealaneError, asyncio.CancelledError)):
             self.log.error("unexpected error", exc_info=error)
 
+    def _leave_parted(self, reason: SealaneError) -> None:
+        """Both halves are kept, and the next agent joins them again."""
+        if self._enclave is not None:
+            self._enclave.abort(for_peer(reason))
+        if self._handover.state is State.POSTCOPY:
+            self._handover.step(Input.FAILED)
+        detail = f"this host keeps a part of {self._vm.name}'s memory, which runs on {self._peer.name}: {reason.detail}"
+        self.leave(state=self._handover.state.value, runs_at="destination", problem=problem_of(reason), detail=detail)
+
     def _reason_of(self, error: BaseException) -> SealaneError:
         if isinstance(error, SealaneError):
             return error
@@ -444,7 +539,7 @@ class SourceMigration(Job):
 
     def _note_taking_back(self, reason: SealaneError) -> None:
         """Where the journal says that the VM was given up, it must know better before the VM runs here again."""
-        if State(self._migration.state) is not State.HANDING_OVER:
+        if self._migration.state not in {State.HANDING_OVER, *IN_POSTCOPY}:
             return
         try:
             self.journal(state="aborted", runs_at="nowhere", problem=problem_of(reason), detail="taking the VM back")

@@ -1,0 +1,180 @@
+"""The destination's half of a postcopy: hold the ticket, run the VM once QEMU has switched, take pages, join again after a cut.
+
+    copying           the ticket comes while QEMU copies
+    switching-over    the ticket is journalled; QEMU has not switched, so nothing can run here
+    postcopy          QEMU has switched: journalled, and then the VM is resumed
+    postcopy-paused   the lanes were cut; the VM stands still at the first page that it lacks
+
+A QEMU that does not come through the switch is destroyed, and the source is told so: the VM never ran here. After the
+switch this half is kept, whatever happens to the lanes.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from sealane.enclave.interface import ExpectLanes, LaneTokens, SendMessage
+from sealane.errors import ControlError, SealaneError, make_error
+from sealane.host.jobs import Job
+from sealane.host.migration import messages
+from sealane.host.migration.attaching import Attaching
+from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
+from sealane.host.models import Progress
+from sealane.host.problems import problem_of
+from sealane.hypervisor.qmp import QmpMachine
+from sealane.limits import LANE_OPEN_TIMEOUT_S, LOADED_TIMEOUT_S, QMP_TIMEOUT_S
+from sealane.session.handover import Handover, Input
+
+PROGRESS_EVERY_S: Final = 0.5
+# How often to ask QEMU whether it has loaded the devices' state: it tells that by no event, and the VM is paused meanwhile.
+_SWITCH_LOOK_S: Final = 0.004
+# Statuses of a QEMU that has all it needs to run the VM, but for pages.
+SWITCHED: Final = frozenset({"postcopy-active", "postcopy-paused", "completed"})
+
+
+@dataclass
+class Half:
+    """The source's other half, met anew: its enclave, and how its lanes find the way there."""
+
+    enclave: EnclaveProcess
+    expect_lanes: Callable[[LaneTokens], None]
+
+
+async def has_switched(qemu: QmpMachine) -> bool:
+    """Whether this QEMU has the devices' state, so that the VM could run in it."""
+    status = (await qemu.migration_status()).status
+    return status in SWITCHED and await qemu.run_state() != "inmigrate"
+
+
+@dataclass
+class Arrival:
+    """One VM's way in by postcopy. `lanes`: how many a joining needs."""
+
+    job: Job
+    handover: Handover
+    qemu: QmpMachine
+    directory: Path
+    lanes: int
+    enclave: EnclaveProcess
+    rejoining: "asyncio.Queue[Half]" = field(default_factory=lambda: asyncio.Queue(1))
+    resumed: bool = False
+    digest: str | None = None
+    _joined: int = 0
+    _attaching: Attaching | None = None
+
+    async def take(self, ticket: messages.PostcopyTicket, expected_epoch: int) -> None:
+        """Hold the ticket, wait for QEMU's switch, run the VM. Raises where QEMU does not switch; the VM never ran then."""
+        vm = self.job.migration.vm
+        if (ticket.vm, ticket.epoch) != (vm, expected_epoch) or ticket.epoch <= self.job.store.epoch(vm):
+            raise ControlError("handover.refused", "the ticket is for another VM or epoch")
+        self.job.update(epoch=ticket.epoch)  # in the snapshot alone: the VM's own epoch moves with the switch
+        self._step(Input.TICKET_HELD, detail="the ticket is held; QEMU is to switch")
+        self.enclave.call(SendMessage(messages.TicketHeld(epoch=ticket.epoch).model_dump_json()))
+        await self._wait_switched()
+        await self.run_here()
+
+    async def _wait_switched(self) -> None:
+        """Not hurried by what happens to the lanes: a cut that spoils the switch ends QEMU's migration, and tells us so."""
+        await self.qemu.wait_migration(SWITCHED, LOADED_TIMEOUT_S)
+        try:
+            async with asyncio.timeout(LOADED_TIMEOUT_S):
+                while not await has_switched(self.qemu):  # noqa: ASYNC110 - no event tells it
+                    await asyncio.sleep(_SWITCH_LOOK_S)
+        except TimeoutError:
+            raise make_error("migration.qemu-failed", "QEMU did not come through the switch to postcopy") from None
+
+    async def run_here(self) -> None:
+        """QEMU has switched: the VM is ours."""
+        epoch = self.job.migration.epoch
+        assert epoch is not None  # noqa: S101 - journalled with the ticket
+        self._step(Input.SWITCHED, epoch=epoch, runs_at="destination", detail="resuming the VM")
+        await uninterrupted(self.qemu.resume())
+        self.resumed = True
+        resumed = time.monotonic()
+        if await self.qemu.run_state() != "running":
+            raise make_error("vm.not-running", "QEMU did not resume the VM")
+        self.job.update(detail="the VM runs here; the rest of its memory comes in")
+        since = (time.monotonic() - resumed) * 1e3
+        receipt = messages.Receipt(vm=self.job.migration.vm, epoch=epoch, since_resume_ms=since)
+        with contextlib.suppress(SealaneError):  # a lane that was cut is `see_through`'s to notice
+            self.enclave.call(SendMessage(receipt.model_dump_json()))
+
+    async def see_through(self, *, parted: bool = False) -> None:
+        """Take pages until all are here, joining again after each cut for as long as the source comes back."""
+        while True:
+            try:
+                if parted:
+                    await self._join(await self.rejoining.get())
+                await self._take_pages()
+                return
+            except SealaneError as error:
+                if (await self.qemu.migration_status()).status == "completed":
+                    return
+                await self._part(error)
+                parted = True
+            finally:
+                if self._attaching is not None:
+                    self._attaching.cancel()
+
+    async def _take_pages(self) -> None:
+        waiting = asyncio.ensure_future(self.qemu.wait_migration({"completed", "postcopy-paused"}))
+        try:
+            while not waiting.done():
+                await self.enclave.wait(asyncio.wait({waiting}, timeout=PROGRESS_EVERY_S), None, "enclave.slow", "")
+                if not self.rejoining.empty():
+                    raise make_error("lane.cut", "the source has come back on a new channel")
+                self.job.update(progress=Progress(bytes_wire=self.enclave.counters.wire_bytes))
+            if (await waiting).status != "completed":
+                raise make_error("lane.cut", "QEMU lost its lane")
+        finally:
+            waiting.cancel()
+        closed = await self.enclave.wait(self.enclave.lanes_closed, LOADED_TIMEOUT_S, "peer.slow", "close of the lanes")
+        self.digest = None if self._joined else closed.digest
+
+    def say_arrived(self) -> None:
+        """Tell the source that its half is needed no more."""
+        epoch = self.job.migration.epoch
+        assert epoch is not None  # noqa: S101 - journalled with the ticket
+        self.handover.step(Input.ARRIVED)
+        with contextlib.suppress(SealaneError):  # a source that does not hear it asks
+            self.enclave.call(SendMessage(messages.Arrived(epoch=epoch, digest=self.digest).model_dump_json()))
+
+    # ---- after a cut
+
+    async def _part(self, error: SealaneError) -> None:
+        self.job.log.warning("postcopy was cut", code=error.code, detail=error.detail)
+        self.enclave.abort(error)
+        await uninterrupted(self.enclave.reap())
+        self.handover.step(Input.FAILED)
+        detail = f"cut, the guest may stand still; the source joins the halves again: {error.detail}"
+        changes: dict[str, Any] = {"state": self.handover.state.value, "detail": detail, "problem": problem_of(error)}
+        try:
+            self.job.journal(**changes)
+        except SealaneError as full:  # recovery does the same in both states of a postcopy
+            self.job.log.error("the cut was not journalled", code=full.code, detail=full.detail)
+            self.job.update(**changes)
+
+    async def _join(self, half: Half) -> None:
+        """Let QEMU listen anew, and take the other half's lanes."""
+        self.enclave = enclave = half.enclave
+        await self.qemu.pause_postcopy()
+        self._joined += 1
+        path = self.directory / f"again-{self._joined}.sock"
+        await self.qemu.recover_incoming(f"unix:{path}")
+        self._attaching = Attaching(enclave, path, preempt=self.lanes - 1 or None)
+        enclave.call(ExpectLanes(self.lanes))
+        half.expect_lanes(await enclave.wait(enclave.lane_tokens, QMP_TIMEOUT_S, "enclave.slow", "tokens of lanes"))
+        enclave.call(SendMessage(messages.Rejoined(lanes=self.lanes).model_dump_json()))
+        await enclave.wait(enclave.lanes_open, LANE_OPEN_TIMEOUT_S, "peer.slow", "lanes")
+        waiting = self.qemu.wait_migration({"postcopy-active", "completed"}, LOADED_TIMEOUT_S)
+        await enclave.wait(waiting, None, "enclave.slow", "")
+        self._step(Input.REJOINED, detail="joined again; the rest of the VM's memory comes in", problem=None)
+
+    def _step(self, happened: Input, *, epoch: int | None = None, **changes: Any) -> None:
+        """Journal the state that follows, durably, then be in it."""
+        self.job.journal(state=self.handover.after(happened).value, epoch=epoch, **changes)
+        self.handover.step(happened)
