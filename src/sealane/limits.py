@@ -60,7 +60,7 @@ QUEUE_MAX: Final = 1024
 MIGRATION_TIME_MAX_S: Final = 86_400.0
 # Each wish costs an enclave and a handshake; an evacuation towards this host asks for no more than its VMs and some repeats.
 WISHES_PER_PEER_PER_MINUTE: Final = 120
-# Each refused wish is an entry in the journal and a receipt, some 6 KiB for ever; beyond it they are counted in the log.
+# Each refused wish is an entry in the journal and a receipt, some KiB for ever; beyond it they are counted in the log.
 REFUSALS_PER_PEER_PER_HOUR: Final = 60
 
 # A copy whose bytes stand still for so long is over: longer than a switch-over hook may think, or a route takes to heal.

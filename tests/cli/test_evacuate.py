@@ -16,7 +16,6 @@ from sealane.host.models import (
     Event,
     Migration,
     MigrationRequest,
-    Peer,
     PeerTrust,
     PeerView,
     PolicyDecision,
@@ -52,16 +51,13 @@ class FakeAgent:
         self.cancelled: list[str] = []
         self.before_stream: list[Callable[[], None]] = []
 
-    def peers(self) -> list[Peer]:
-        return [Peer(name=name, fingerprint=FINGERPRINT, address="::1") for name in self.names]
-
     def vms(self) -> list[Vm]:
         return self.known
 
-    def hosts(self, vm: str) -> list[PeerView]:
+    def hosts(self, vm: str | None = None) -> list[PeerView]:
         found = []
         for name in self.names:
-            code = self.denied.get((vm, name))
+            code = self.denied.get((vm or "", name))
             decision = PolicyDecision(
                 decision="deny" if code else "allow", digest="0" * 64, source="default", words="as told", code=code
             )

@@ -28,7 +28,9 @@ REATTACH_PAUSE_S: Final = 0.5
 # What was refused for a reason that passes is asked for again, after a pause that grows.
 ROUNDS_MAX: Final = 5
 ROUND_PAUSE_S: Final = 1.0
-PASSING: Final = frozenset({"peer.busy", "peer.rate", "queue.full", "agent.stopping", "agent.restarted"})
+PASSING: Final = frozenset(
+    {"peer.busy", "peer.rate", "queue.full", "agent.stopping", "agent.restarted", "queue.changed"}
+)
 _INTERRUPTED: Final = 130
 _INTERRUPTS_MAX: Final = 2
 
@@ -155,7 +157,7 @@ def plan(agent: AgentClient, hosts: Sequence[str], names: Sequence[str] | None) 
 
     Without names: all VMs that are here. Raises `trust.unknown`, `vm.unknown`.
     """
-    known = {peer.name for peer in agent.peers()}
+    known = {view.name for view in agent.hosts()}  # those of a CA's fleet too
     for host in hosts:
         if host not in known:
             raise make_error("trust.unknown", f"{host} is not trusted")

@@ -12,16 +12,17 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import structlog
 
 from sealane.errors import ControlError, PeerError, SealaneError, make_error
 from sealane.host.config import LimitSettings
 from sealane.host.limits import TokenBuckets
-from sealane.host.models import Event, Migration, Protection, QueuePlace, Role, RunsAt
+from sealane.host.models import Event, Migration, Protection, Role, RunsAt
+from sealane.host.observer import Observer, Unobserved
 from sealane.host.problems import problem_of
-from sealane.host.queue import Queue, Turn, Wish
+from sealane.host.queue import Queue, Turn, Wish, place_words
 from sealane.host.store import JournalEntry, Store, utc_now
 from sealane.host.subscription import Subscription
 from sealane.hypervisor.driver import VmDescription
@@ -56,36 +57,7 @@ def state_after_failure(migration: Migration) -> State:
     return Handover(HandoverRole(migration.role), State(migration.state)).step(Input.FAILED)
 
 
-def words_of(place: QueuePlace) -> str:
-    """Where a migration stands in the queue, and why, as a sentence."""
-    return f"place {place.place} of {place.waiting} in the queue: this host is at {place.why}"
-
-
 _log = structlog.get_logger()
-
-
-class Observer(Protocol):
-    """Who is told of migrations as they go: the metrics."""
-
-    def begun(self, migration: Migration) -> None:
-        """It is in progress now, after `waited_s` in the queue."""
-
-    def ended(self, migration: Migration) -> None:
-        """No job runs it any more."""
-
-    def refused(self, role: Role, code: str, *, journalled: bool) -> None:
-        """A peer's wish was refused before it became a migration."""
-
-
-class _Unobserved:
-    def begun(self, migration: Migration) -> None:
-        pass
-
-    def ended(self, migration: Migration) -> None:
-        pass
-
-    def refused(self, role: Role, code: str, *, journalled: bool) -> None:
-        pass
 
 
 class Job(ABC):
@@ -110,7 +82,7 @@ class Job(ABC):
         self.admitted = asyncio.Event()
         self.check_again = _NOW.check_again
         self.time_max_s: float | None = None
-        self.observer: Observer = _Unobserved()
+        self.observer: Observer = Unobserved()
         self._migration = migration
         self._subscriptions: set[Subscription] = set()
 
@@ -297,7 +269,7 @@ class Jobs:
         self.queue = Queue(self._limits, self._admit)
         self._refusals = TokenBuckets(self._limits.refusals_per_peer_per_hour, 3600.0, clock=monotonic)
         self._refusals_dropped: dict[str, int] = {}
-        self._observer: Observer = observer or _Unobserved()
+        self._observer: Observer = observer or Unobserved()
         self._store = store
         self._issue = issue
         self._clock = clock
@@ -350,7 +322,7 @@ class Jobs:
         if not self.queue.enter(Wish(migration.id, migration.number, role, peer, turn)):
             place = self.queue.places()[migration.id]
             _log.info("migration queued", migration=migration.id[:8], vm=vm, place=place.place, why=place.why)
-            migration = migration.model_copy(update={"state": "queued", "queue": place, "detail": words_of(place)})
+            migration = migration.model_copy(update={"state": "queued", "queue": place, "detail": place_words(place)})
         try:
             job = make_job(migration)
             job.issue, job.observer, job.check_again = self._issue, self._observer, turn.check_again
@@ -373,7 +345,7 @@ class Jobs:
         for migration_id, place in self.queue.places().items():
             job = self._live[migration_id]
             if job.migration.queue != place:
-                job.update(queue=place, detail=words_of(place))
+                job.update(queue=place, detail=place_words(place))
 
     def refuse(self, error: SealaneError, *, vm: str, role: Role, peer: str, id: str, **details: Any) -> None:
         """Journal a peer's wish that was refused before it became a job, and write its receipt; never raises.

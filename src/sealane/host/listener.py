@@ -155,7 +155,7 @@ class PeerListener:
         No peer takes all places, and what is refused here is not journalled: no peer fills the disk.
         """
         limits = self._settings.limits
-        if not self._wishes.take(fingerprint):
+        if not self._wishes.take(name):  # a fleet's host has a new certificate each day
             words = f"more than {limits.wishes_per_peer_per_minute} migrations were asked for in a minute"
             raise PeerError("peer.rate", words)
         most = limits.incoming_from(name)

@@ -121,7 +121,7 @@ class Facts(Protocol):
 
 
 class Metrics:
-    """One agent's figures; told of migrations as `sealane.host.jobs.Observer`, rendered by `exposition`."""
+    """One agent's figures; told of migrations as `sealane.host.observer.Observer`, rendered by `exposition`."""
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # the text format has no place for them but a series each
@@ -156,7 +156,7 @@ class Metrics:
             self._count_wire(migration)
         return generate_latest(self.registry)
 
-    # sealane.host.jobs.Observer
+    # sealane.host.observer.Observer
 
     def begun(self, migration: Migration) -> None:
         """A migration is in progress."""

@@ -14,6 +14,11 @@ from sealane.host.config import LimitSettings
 from sealane.host.models import QueuePlace, Role
 
 
+def place_words(place: QueuePlace) -> str:
+    """Where a migration stands in the queue, and why, as a sentence."""
+    return f"place {place.place} of {place.waiting} in the queue: this host is at {place.why}"
+
+
 def _nothing_to_check() -> None:
     pass
 
