@@ -11,6 +11,9 @@
  *   The channel binds its messages to their migration. The model does not rely on that for tickets: a ticket of an earlier
  *   migration may be heard in a later one, and only its epoch tells.
  *   ROUNDS migrations are tried, one after the other, while the VM is at the source.
+ *   A source in doubt asks over a channel of its own, as the agents do (host/doubts.py, host/answering.py). Of the answers that
+ *   settle nothing only `gone` is sent: the others change nothing, as if none came. An operator decides after having looked at
+ *   both hosts, or, once, at any moment without having looked.
  *
  * What is not
  *   The digest (a false one is a failure like others), moves back (the same check of epochs), postcopy, hostile agents.
@@ -27,6 +30,8 @@
  *   -DRESUME_BEFORE_JOURNAL   the destination resumes the VM before it journals the ticket
  *   -DREFUSAL_OF_ANY_MIGRATION  a refusal of an earlier migration is taken for one of this
  *   -DRECEIPT_OF_THE_GONE     a destination that finds its QEMU gone after a restart answers as if the VM ran there
+ *   -DPROMISE_WHILE_UNDER_WAY a destination that still waits for the ticket promises that it will not take it
+ *   -DWORDS_WITHOUT_LOOKING   an operator's word is followed though nobody looked, and the destination did not say so
  */
 #include "table.pml"
 
@@ -74,11 +79,18 @@ bool source_at_rest = true, destination_at_rest = true;	/* up, recovered, no mig
 byte crashes;
 bool source_qemu_crashed, destination_qemu_crashed;
 bool ran_there;			/* the VM has run at the destination */
-mtype:order = { NONE, OWN_HERE, DROP_HERE };
-mtype:order order = NONE;	/* what the operator told the source's agent */
+mtype:input order;		/* what the operator told the source's agent: OWN_HERE, DROP_HERE, or nothing (0) */
+bool has_looked, was_careless;	/* before that order; ever without having looked */
 
 #define BIT(r) (1 << (r))
 #define was_said(kind, r) (sent[kind] & BIT(r))
+
+#ifdef WORDS_WITHOUT_LOOKING
+#define follows(kind) true
+#else
+#define follows(kind) (has_looked || was_said(kind, r))
+#endif
+#define is_asked (destination_known > 0 && destination_journal == destination_state && was_said(ask, destination_known))
 
 inline say(kind, r, enclave) {
 	if
@@ -270,25 +282,34 @@ doubt:		/* the paused copy is kept; the destination's word may still come, asked
 		atomic { source_enclave = false; source_at_rest = true };
 		if
 		:: source_journal != source_state -> source_journal = source_state; goto doubt
+		:: source_journal == source_state && !was_said(ask, r) -> say(ask, r, true); goto doubt
 		:: was_said(receipt, r) -> goto hears_receipt
 		:: was_said(ticket_refused, r) -> goto hears_refusal
-		:: atomic { order == OWN_HERE -> order = NONE; source_at_rest = false };
-			resume_source();
-			source_state = ABORTED;
-			goto aborted
-		:: atomic { order == DROP_HERE -> order = NONE; source_at_rest = false };
-			source_state = COMPLETED;
-			source_end();
+		:: atomic { was_said(ran, r) -> order = 0; source_at_rest = false };
+			source_step(RECEIPT);	/* journalled before anything is done about it */
 			goto quit
+		:: atomic { was_said(promise, r) -> order = 0; source_at_rest = false };
+			source_step(REFUSED);
+			resume_source();
+			goto over
+		:: atomic { order == OWN_HERE && follows(unsettled) -> order = 0; source_at_rest = false };
+			source_step(OWN_HERE);
+			resume_source();
+			goto over
+		:: atomic { order == DROP_HERE && follows(ran) -> order = 0; source_at_rest = false };
+			source_step(DROP_HERE);
+			goto quit
+		:: atomic { order == OWN_HERE && !follows(unsettled) -> order = 0 }; goto doubt
+		:: atomic { order == DROP_HERE && !follows(ran) -> order = 0 }; goto doubt
 		fi;
 
-hears_receipt:	atomic { source_at_rest = false; order = NONE };	/* an order is for one migration, and its doubt */
+hears_receipt:	atomic { source_at_rest = false; order = 0 };	/* an order is for one migration, and its doubt */
 		source_state = source_after(source_state, RECEIPT);
 		source_end();
 quit:		quit_source();
 		goto over;
 
-hears_refusal:	atomic { source_at_rest = false; order = NONE };
+hears_refusal:	atomic { source_at_rest = false; order = 0 };
 		source_state = source_after(source_state, REFUSED);
 takes_back:	source_end();	/* before the VM runs here again, where the disk lets us */
 		resume_source();
@@ -303,7 +324,7 @@ aborted:	if
 over:		atomic { source_enclave = false; source_at_rest = true };
 		goto endrest
 	} unless {
-		atomic { kill_source -> source_at_rest = false; source_enclave = false; r = 0; order = NONE }
+		atomic { kill_source -> source_at_rest = false; source_enclave = false; r = 0; order = 0 }
 	};
 	d_step { kill_source = false };
 	goto start
@@ -337,12 +358,13 @@ start:	{
 endrest:	if
 		:: destination_journal != destination_state -> destination_journal = destination_state; goto endrest
 		/* asked by a source in doubt, the journal answers */
-		:: destination_known > 0 && destination_state == ABORTED && !was_said(ticket_refused, destination_known) &&
-		   source_state == IN_DOUBT && round == destination_known ->
-			sent[ticket_refused] = sent[ticket_refused] | BIT(destination_known); goto endrest
-		:: destination_known > 0 && destination_state == COMPLETED && !was_said(receipt, destination_known) &&
-		   source_state == IN_DOUBT && round == destination_known && (!destination_nowhere || ANSWERS_WHEN_GONE) ->
-			sent[receipt] = sent[receipt] | BIT(destination_known); goto endrest
+		:: is_asked && destination_state == ABORTED && !was_said(promise, destination_known) ->
+			say(promise, destination_known, true); goto endrest
+		:: is_asked && destination_state == COMPLETED && (!destination_nowhere || ANSWERS_WHEN_GONE) &&
+		   !was_said(ran, destination_known) ->
+			say(ran, destination_known, true); goto endrest
+		:: is_asked && destination_state == COMPLETED && destination_nowhere && !was_said(unsettled, destination_known) ->
+			say(unsettled, destination_known, true); goto endrest
 		/* an id is taken once; a VM that is here, or in another migration, is refused */
 		:: destination_journal == destination_state && round > destination_known && was_said(prepare, round) && destination_qemu == GONE
 		fi;
@@ -368,6 +390,12 @@ endrest:	if
 		say(loaded, r, destination_enclave);
 		destination_step(VM_STOPPED);
 
+#ifdef PROMISE_WHILE_UNDER_WAY
+		if
+		:: was_said(ask, r) -> say(promise, r, true)
+		:: true
+		fi;
+#endif
 		if
 		:: destination_enclave && was_said(ticket, r) -> t = r
 		:: destination_enclave && r > 1 && was_said(ticket, r - 1) -> t = r - 1	/* somebody brings an old one */
@@ -464,11 +492,19 @@ end:	do
 active proctype operator() {
 end:	do
 	:: atomic {
-		source_at_rest && source_state == IN_DOUBT && order == NONE && destination_at_rest &&
+		source_at_rest && source_state == IN_DOUBT && order == 0 && destination_at_rest &&
 		!kill_source && !kill_destination ->
+		has_looked = true;
 		if
 		:: destination_state == COMPLETED && destination_known == round && !destination_nowhere -> order = DROP_HERE
 		:: else -> must(destination_qemu == GONE); order = OWN_HERE
+		fi
+	   }
+	:: atomic {
+		source_state == IN_DOUBT && order == 0 && !was_careless -> was_careless = true; has_looked = false;
+		if
+		:: order = OWN_HERE
+		:: order = DROP_HERE
 		fi
 	   }
 	od

@@ -3,8 +3,8 @@
  * ROLE_after(state, input) is the state that follows, or 0 where the code's table has no such step.
  */
 mtype:state = { PREPARING, COPYING, SWITCHING_OVER, HANDING_OVER, POSTCOPY, POSTCOPY_PAUSED, COMPLETED, ABORTED, IN_DOUBT };
-mtype:input = { PREPARED, VM_STOPPED, RELEASED, NOT_SENT, TICKET_JOURNALLED, TICKET_HELD, SWITCHED, REJOINED, ARRIVED, RECEIPT, FAILED, REFUSED };
-mtype:message = { prepare, prepared, loaded, ticket, receipt, ticket_refused, receipt_copy, postcopy_ticket, ticket_held, arrived, rejoin, rejoined };
+mtype:input = { PREPARED, VM_STOPPED, RELEASED, NOT_SENT, TICKET_JOURNALLED, TICKET_HELD, SWITCHED, REJOINED, ARRIVED, RECEIPT, FAILED, REFUSED, OWN_HERE, DROP_HERE };
+mtype:message = { prepare, prepared, loaded, ticket, receipt, ticket_refused, receipt_copy, postcopy_ticket, ticket_held, arrived, rejoin, rejoined, ask, ran, promise, unsettled };
 
 #define source_after(state, input) \
 	((state) == PREPARING && (input) == PREPARED -> COPYING : \
@@ -20,6 +20,8 @@ mtype:message = { prepare, prepared, loaded, ticket, receipt, ticket_refused, re
 	((state) == HANDING_OVER && (input) == FAILED -> IN_DOUBT : \
 	((state) == IN_DOUBT && (input) == RECEIPT -> COMPLETED : \
 	((state) == IN_DOUBT && (input) == REFUSED -> ABORTED : \
+	((state) == IN_DOUBT && (input) == OWN_HERE -> ABORTED : \
+	((state) == IN_DOUBT && (input) == DROP_HERE -> COMPLETED : \
 	((state) == IN_DOUBT && (input) == FAILED -> IN_DOUBT : \
 	((state) == POSTCOPY && (input) == ARRIVED -> COMPLETED : \
 	((state) == POSTCOPY && (input) == FAILED -> POSTCOPY_PAUSED : \
@@ -28,7 +30,7 @@ mtype:message = { prepare, prepared, loaded, ticket, receipt, ticket_refused, re
 	((state) == POSTCOPY_PAUSED && (input) == ARRIVED -> COMPLETED : \
 	((state) == POSTCOPY_PAUSED && (input) == FAILED -> POSTCOPY_PAUSED : \
 	((state) == POSTCOPY_PAUSED && (input) == REFUSED -> ABORTED : \
-	0)))))))))))))))))))))
+	0)))))))))))))))))))))))
 
 #define destination_after(state, input) \
 	((state) == PREPARING && (input) == PREPARED -> COPYING : \

@@ -500,11 +500,30 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
             "one end has a TPM for the VM and the other none", "add the VM with --vtpm on both hosts, or on neither"
         ),
         "handover.refused": Entry("the destination refused the hand-over", "see the destination's log"),
+        "handover.operator": Entry(
+            "an operator decided that the VM is this host's", "see `sealane status`: who, and why"
+        ),
+        "resolve.not-in-doubt": Entry(
+            "no migration of that VM is in doubt here", "see `sealane status`; doubts are resolved at the source"
+        ),
+        "resolve.could-make-two": Entry(
+            "the VM may run at the destination; taking it back could make two of it",
+            "end it at the destination first (power the host off, or kill its QEMU), then say --i-have-looked",
+        ),
+        "resolve.could-lose-it": Entry(
+            "the copy here may be the last one; ending it could lose the VM",
+            "see at the destination that the VM runs there, then say --i-have-looked",
+        ),
+        "resolve.against-the-answer": Entry(
+            "the destination's answer says otherwise", "do as it says: `sealane resolve VM --ask`"
+        ),
         "handover.digest": Entry("the two ends saw different streams", _NETWORK),
     },
     InDoubtError: {
         "handover.in-doubt": Entry(
-            "the VM is paused here and may run there", "look at the destination: `sealane status` there"
+            "the VM is paused here and may run there",
+            "the agent goes on asking the destination; `sealane resolve VM --ask` asks now, and `sealane resolve --help` "
+            "says what to do where it cannot answer",
         ),
     },
     InternalError: {

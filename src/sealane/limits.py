@@ -98,6 +98,13 @@ PREPARE_TIMEOUT_S: Final = 10.0
 # answer, before it leaves the VM to the agent's recovery, which asks every RECOVERY_INTERVAL_S.
 TAKE_BACK_TRIES: Final = 3
 RECOVERY_INTERVAL_S: Final = 5.0
+# A source in doubt asks the destination at once, and again after twice as long each time, up to the longest. Each question costs
+# both ends an enclave for a second. How often the agent looks whether one is due.
+ASK_FIRST_PAUSE_S: Final = 2.0
+ASK_LONGEST_PAUSE_S: Final = 300.0
+ASK_LOOK_INTERVAL_S: Final = 0.5
+# The destination answers from its journal.
+ASK_ANSWER_TIMEOUT_S: Final = 15.0
 
 # How long a source waits before each try to join the two halves of a postcopy that was cut: some ten minutes in all.
 REJOIN_PAUSES_S: Final = (0.2, 1.0, 2.0, 4.0, 8.0, 15.0, *(30.0,) * 18)

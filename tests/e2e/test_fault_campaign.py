@@ -3,7 +3,7 @@
 import pytest
 
 from sealane.session.handover import TRANSITIONS, Input, Role
-from sealane.testing.campaign import Campaign, page
+from sealane.testing.campaign import OPENINGS, Campaign, page
 from sealane.testing.faultdirector import Injection
 
 pytestmark = pytest.mark.e2e
@@ -20,6 +20,10 @@ SAMPLE = (
         Injection("source:step:handing-over:refused", "kill-agent"),
     ),
     (Injection("source:step:switching-over:released", "kill-enclave"),),
+    # while a doubt is resolved: before the promise is journalled, and after the source has journalled what the answer means
+    (OPENINGS[0], Injection("destination:journal:aborted:before#2", "kill-agent")),
+    (OPENINGS[0], Injection("source:journal:aborted:after", "kill-agent")),
+    (OPENINGS[1], Injection("source:journal:completed:after", "kill-agent")),
 )
 
 
@@ -36,7 +40,7 @@ def test_sample() -> None:
     finally:
         campaign.close()
     told = page(sorted(points), campaign.outcomes)
-    assert f"{len(SAMPLE)} attempts with {len(SAMPLE) + 1} injected faults; a check failed after 0." in told
+    assert f"{len(SAMPLE)} attempts with {sum(map(len, SAMPLE))} injected faults; a check failed after 0." in told
 
 
 def on_the_way() -> set[str]:

@@ -13,6 +13,10 @@ needs_spin = pytest.mark.skipif(not shutil.which("spin") or not shutil.which("gc
 # One crash at any step of two migrations; `./run model` allows more.
 SMALL = ("ROUNDS=2", "CRASHES=1")
 
+# What is not modelled: the walk of tests/session/test_handover.py has it, without crashes.
+BY_POSTCOPY = {"POSTCOPY", "POSTCOPY_PAUSED", "TICKET_HELD", "SWITCHED", "REJOINED", "ARRIVED"}
+SAID_IN_POSTCOPY = {"postcopy_ticket", "ticket_held", "arrived", "rejoin", "rejoined"}
+
 
 def test_the_table_is_the_codes_own() -> None:
     assert TABLE.read_text() == drawn(), "run: python -m tests.models.table"
@@ -22,18 +26,18 @@ def test_the_model_speaks_the_codes_language() -> None:
     """Every name of a state, an input or a message in the model is one of the code's, and all of the hand-over's are used."""
     text = re.sub(r"/\*.*?\*/", "", MODEL.read_text(), flags=re.DOTALL)
     words = set(re.findall(r"\w+", text))
-    assert set(State.__members__) <= words
-    assert set(Input.__members__) <= words
+    assert set(State.__members__) - BY_POSTCOPY <= words
+    assert set(Input.__members__) - BY_POSTCOPY <= words
     after = {
         (role.value, given)
         for role in Role
         for given in re.findall(rf"{role}_(?:after\(\w+, |step\()(\w+)\)", text)
         if given != "happened"
     }
-    assert {given for _, given in after} == set(Input.__members__)
+    assert {given for _, given in after} == set(Input.__members__) - BY_POSTCOPY
     said = set(re.findall(r"\b(?:say|was_said)\((\w+), ", text)) - {"kind"}
     after_the_end = {"receipt_copy"}  # comes when all is decided
-    assert said == {pml_name(kind) for kind in kinds()} - after_the_end
+    assert said == {pml_name(kind) for kind in kinds()} - after_the_end - SAID_IN_POSTCOPY
 
 
 @needs_spin
@@ -59,6 +63,8 @@ def test_every_statement_is_reached() -> None:
         "RECLAIM_AFTER_RELEASED",
         "REFUSE_BEFORE_DESTROY",
         "REFUSAL_OF_ANY_MIGRATION",
+        "PROMISE_WHILE_UNDER_WAY",
+        "WORDS_WITHOUT_LOOKING",
     ],
 )
 def test_two_copies_run_without(safeguard: str) -> None:

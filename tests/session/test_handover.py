@@ -39,6 +39,8 @@ SENDS = {
     (Role.SOURCE, Input.SWITCHED): "switch",  # what QEMU alone sends, and the destination's QEMU cannot do without
     (Role.DESTINATION, Input.ARRIVED): "arrived",
 }
+# What an operator must have seen at the destination before saying this.
+SEEN = {Input.OWN_HERE: State.ABORTED, Input.DROP_HERE: State.COMPLETED}
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ class World:
         return Handover(role, self.state(role)).may_resume_here
 
 
-def following(world: World, table: Table, *, not_sent_is_certain: bool = True) -> set[World]:
+def following(
+    world: World, table: Table, *, not_sent_is_certain: bool = True, operator_looks: bool = True
+) -> set[World]:
     """`not-sent` can only happen as long as the ticket was not sent, which the source knows for certain."""
     found = set()
     if world.source is State.SWITCHING_OVER:  # the VM is paused and whole there
@@ -70,16 +74,18 @@ def following(world: World, table: Table, *, not_sent_is_certain: bool = True) -
                 continue
             if happened is Input.NOT_SENT and not_sent_is_certain and "ticket" in world.sent:
                 continue
+            if operator_looks and SEEN.get(happened, world.destination) is not world.destination:
+                continue
             sent = world.sent | {message for key, message in SENDS.items() if key == (role, happened)}
             states = {Role.SOURCE: world.source, Role.DESTINATION: world.destination, role: after}
             found.add(World(states[Role.SOURCE], states[Role.DESTINATION], sent))
     return found
 
 
-def reachable(table: Table, *, not_sent_is_certain: bool = True) -> set[World]:
+def reachable(table: Table, **allowed: bool) -> set[World]:
     seen, waiting = {World()}, [World()]
     while waiting:
-        fresh = following(waiting.pop(), table, not_sent_is_certain=not_sent_is_certain) - seen
+        fresh = following(waiting.pop(), table, **allowed) - seen
         seen |= fresh
         waiting += fresh
     return seen
@@ -156,6 +162,12 @@ def test_the_walk_finds_a_table_that_leaves_the_vm_to_nobody() -> None:
 
 def test_the_walk_finds_a_source_that_takes_an_unsure_ticket_for_one_that_was_not_sent() -> None:
     assert both_may_run(reachable(TRANSITIONS, not_sent_is_certain=False))
+
+
+def test_the_walk_finds_an_operator_who_does_not_look() -> None:
+    worlds = reachable(TRANSITIONS, operator_looks=False)
+    assert both_may_run(worlds)
+    assert nobody_can_run(worlds)
 
 
 @pytest.mark.parametrize("role", Role)

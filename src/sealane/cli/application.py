@@ -31,6 +31,7 @@ COMMANDS = (
     "evacuate",
     "status",
     "cancel",
+    "resolve",
     "receipts",
     "hosts",
     "policy",

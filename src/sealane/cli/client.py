@@ -24,6 +24,7 @@ from sealane.host.models import (
     PolicyAnswer,
     PolicyQuestion,
     Problem,
+    ResolveRequest,
     Vm,
     VmDefinition,
     VtpmView,
@@ -33,6 +34,8 @@ from sealane.paths import Paths
 # Answers wait for QEMU at times (`limits.QMP_TIMEOUT_S`) and, when a migration is asked for, for nothing else.
 _ANSWER_TIMEOUT_S: Final = 30.0
 _CONNECT_TIMEOUT_S: Final = 3.0
+# A doubt is resolved once the other host was asked and QEMU did what follows: each has limits of its own.
+_RESOLVE_TIMEOUT_S: Final = 180.0
 
 Answer = TypeVar("Answer", bound=BaseModel)
 
@@ -160,6 +163,11 @@ class AgentClient:
         answer = self._ask("POST", f"/v1/migrations/{_segment(identity)}/cancel")
         return Migration.model_validate_json(answer.content) if answer.content else None
 
+    def resolve(self, identity: str, request: ResolveRequest) -> Migration:
+        """End a doubt; raises `resolve.…`, `handover.in-doubt`. The agent asks the other host meanwhile."""
+        path = f"/v1/migrations/{_segment(identity)}/resolve"
+        return self._one(Migration, "POST", path, request, timeout_s=_RESOLVE_TIMEOUT_S)
+
     def events(self, identity: str) -> Iterator[Event]:
         """The migration's events from its present state to its end; raises AgentGone where the stream breaks off before."""
         ended = False
@@ -209,20 +217,37 @@ class AgentClient:
         """End, rotate or verify a VM's TPM."""
         return self._one(VtpmView, "POST", f"/v1/vms/{_segment(name)}/vtpm/{change}")
 
-    def _one(self, model: type[Answer], method: str, path: str, body: BaseModel | None = None) -> Answer:
-        answer = self._ask(method, path, body)
+    def _one(
+        self,
+        model: type[Answer],
+        method: str,
+        path: str,
+        body: BaseModel | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> Answer:
+        answer = self._ask(method, path, body, timeout_s=timeout_s)
         try:
             return model.model_validate_json(answer.content)
         except ValidationError as error:
             raise _misfit(error) from error
 
     def _ask(
-        self, method: str, path: str, body: BaseModel | None = None, *, query: dict[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: BaseModel | None = None,
+        *,
+        query: dict[str, str] | None = None,
+        timeout_s: float | None = None,
     ) -> httpx.Response:
         content = None if body is None else body.model_dump_json(exclude_none=True)
         headers = {} if content is None else {"content-type": "application/json"}
         try:
-            answer = self._http.request(method, path, content=content, headers=headers, params=query)
+            timeout = self._http.timeout
+            if timeout_s is not None:
+                timeout = httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S)
+            answer = self._http.request(method, path, content=content, headers=headers, params=query, timeout=timeout)
         except httpx.TimeoutException as error:
             kind = ControlError if isinstance(error, httpx.ConnectTimeout) else AgentGone
             raise kind("agent.unreachable", "the agent did not answer in time") from error

@@ -23,6 +23,7 @@ from sealane.errors import SealaneError, make_error
 from sealane.host.api import create_app
 from sealane.host.callers import CallerProtocol, caller_called
 from sealane.host.config import VMS_FILE, Settings
+from sealane.host.doubts import Doubts
 from sealane.host.fleet.known import KnownHostsFile
 from sealane.host.fleet.membership import Membership
 from sealane.host.fleet.office import Office
@@ -33,6 +34,7 @@ from sealane.host.limits import least_rate
 from sealane.host.listener import PeerListener
 from sealane.host.logs import configure_logs
 from sealane.host.metrics import Metrics
+from sealane.host.migration.asking import ask_peer
 from sealane.host.migration.dialling import remove_socket_directories
 from sealane.host.migration.domain_source import DomainSource
 from sealane.host.migration.enclave_launcher import EnclaveLauncher
@@ -47,6 +49,7 @@ from sealane.host.models import (
     PeerView,
     PolicyAnswer,
     PolicyQuestion,
+    ResolveRequest,
     VmDefinition,
     VtpmView,
 )
@@ -131,6 +134,7 @@ class Agent:
         self.launcher = EnclaveLauncher(sandbox=settings.sandbox, user=settings.enclave_user)
         self.metrics.look_at(_Facts(self))
         self._make_source = make_source
+        self._doubts: Doubts | None = None
         self._stop = asyncio.Event()
         self._inspecting = asyncio.Semaphore(1)
 
@@ -205,6 +209,12 @@ class Agent:
             ),
         )
         return job.migration
+
+    async def resolve(self, reference: str, request: ResolveRequest, caller: Caller = UNKNOWN_CALLER) -> Migration:
+        """End a doubt; see `Doubts.resolve`."""
+        if self._doubts is None:  # it is there before the interface is
+            raise make_error("agent.stopping", f"migration {self.jobs.find(reference).number} cannot be resolved now")
+        return await self._doubts.resolve(reference, request, caller.name)
 
     def check_policy(self, question: PolicyQuestion, caller: Caller) -> PolicyAnswer:
         """What this host's policy says to a move; raises `vm.unknown`, `trust.unknown`, `policy.broken`."""
@@ -286,10 +296,16 @@ class Agent:
                 recovery = Recovery(
                     self.store, self.jobs, self._find_qmp, qmp_timeout_s=self.settings.limits.qmp_timeout_s
                 )
+                self._doubts = Doubts(
+                    self.jobs,
+                    recovery,
+                    lambda entry: ask_peer(self, entry),
+                    first_pause_s=self.settings.limits.ask_first_pause_s,
+                )
                 remove_socket_directories(self.paths.run)
                 for migration in self.receipts.catch_up():
                     self.log.info("receipt written late", migration=migration.id[:8], receipt=migration.receipt)
-                await self._serve(stack, recovery)
+                await self._serve(stack, recovery, self._doubts)
                 self.log.info("ready", listen=self.describe().listen, socket=str(self.paths.agent_socket))
                 notify("READY=1", f"STATUS=listening on {self.describe().listen}")
                 if on_ready:
@@ -302,7 +318,7 @@ class Agent:
             self.store.close()
         self.log.info("stopped")
 
-    async def _serve(self, stack: AsyncExitStack, recovery: Recovery) -> None:
+    async def _serve(self, stack: AsyncExitStack, recovery: Recovery, doubts: Doubts) -> None:
         stack.push_async_callback(self.launcher.stop)
         self.launcher.start()
         stack.push_async_callback(self.quoting.stop)
@@ -326,6 +342,7 @@ class Agent:
         stack.callback(self.paths.agent_socket.unlink, missing_ok=True)
         recovering = asyncio.create_task(self._recover(recovery), name="recovery")
         stack.push_async_callback(_cancelled, recovering)
+        stack.push_async_callback(_cancelled, asyncio.create_task(doubts.run(), name="doubts"))
         stack.push_async_callback(_cancelled, asyncio.create_task(self._keep_logs_short(), name="logs"))
         stack.push_async_callback(_cancelled, asyncio.create_task(self.fleet.keep(), name="fleet"))
         serving = asyncio.create_task(server.serve(sockets=[sock]), name="api")

@@ -31,6 +31,7 @@ from sealane.host.models import (
     PolicyAnswer,
     PolicyQuestion,
     Problem,
+    ResolveRequest,
     Vm,
     VmDefinition,
     VtpmView,
@@ -90,6 +91,9 @@ class ApiAgent(Protocol):
 
     async def rotate_vtpm(self, name: str) -> VtpmView:
         """Put a VM's TPM under a new key."""
+
+    async def resolve(self, reference: str, request: ResolveRequest, caller: Caller = UNKNOWN_CALLER) -> Migration:
+        """End a doubt."""
 
     def check_policy(self, question: PolicyQuestion, caller: Caller) -> PolicyAnswer:
         """What the policy would say."""
@@ -393,6 +397,14 @@ def _add_migrations(app: FastAPI, agent: ApiAgent) -> None:
     async def cancel_migration(id: str) -> Migration:
         """Ask a migration to end; the VM then runs on at the source. Too late once the hand-over has begun."""
         return agent.jobs.cancel(id)
+
+    @app.post("/v1/migrations/{id}/resolve", tags=["migrations"], summary="End a doubt")
+    async def resolve_migration(id: str, request: ResolveRequest, http: Request) -> Migration:
+        """Ask the destination what became of a migration that is in doubt here, and do as it says, or as the operator does.
+
+        409 `handover.in-doubt` where `ask` brought no answer that settles it, `resolve.…` where the word was refused.
+        """
+        return await agent.resolve(id, request, await _caller(http))
 
 
 async def _lines(events: AsyncIterator[Event]) -> AsyncIterator[str]:

@@ -77,6 +77,14 @@ class LimitSettings(Model):
     qmp_timeout_s: Annotated[float, Field(gt=0, le=600, description="How long QEMU may take to answer a command.")] = (
         limits.QMP_TIMEOUT_S
     )
+    ask_first_pause_s: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=86_400,
+            description="A source in doubt asks the destination at once, and again after so long; the pause doubles each time.",
+        ),
+    ] = limits.ASK_FIRST_PAUSE_S
     word_timeout_s: Annotated[
         float,
         Field(

@@ -301,7 +301,7 @@ class Jobs:
             raise make_error("agent.stopping")
         if busy := self.active_for(vm):
             raise make_error("vm.busy", f"{vm} is in migration {busy.number} ({busy.state})")
-        self._write_ends()
+        self.write_ends()
         migration = Migration(
             id=id or secrets.token_hex(16),
             number=self._store.next_number(),
@@ -390,7 +390,7 @@ class Jobs:
             _log.warning("a peer has wishes refused faster than they are journalled", peer=peer)
         self._refusals_dropped[peer] = self._refusals_dropped.get(peer, 0) + 1
 
-    def _write_ends(self) -> None:
+    def write_ends(self) -> None:
         """Journal what could not be journalled when it happened; raises as the store does."""
         for migration in list(self._unwritten.values()):
             self._store.journal(migration)
@@ -435,6 +435,10 @@ class Jobs:
     def job_for(self, vm: str) -> Job | None:
         """The running job that holds this VM, if any."""
         return next((job for job in self._live.values() if job.migration.vm == vm), None)
+
+    def is_under_way(self, migration_id: str) -> bool:
+        """Whether a job runs it, or something of it is still to be done."""
+        return migration_id in self._live or migration_id in self._left_over
 
     def job(self, migration_id: str) -> Job | None:
         """The running job with that id, if any."""
@@ -524,6 +528,18 @@ class Jobs:
         if (attempt := self._awaiting_recovery.pop(migration_id, None)) is not None:
             attempt.set()
 
+    def note(self, migration: Migration) -> None:
+        """Tell more of one that is left over; not journalled."""
+        if migration.id in self._left_over:
+            self._left_over[migration.id] = migration
+
+    def decide(self, migration: Migration) -> Migration:
+        """Journal how a doubt ends, durably, before anything is done about it; recovery does it, and then it is settled."""
+        self._store.journal(migration)
+        self._unwritten.pop(migration.id, None)
+        self._left_over[migration.id] = migration
+        return migration
+
     def settle(self, migration: Migration) -> Migration:
         """Journal what became of an adopted migration; once it has ended, its VM is free."""
         self._store.journal(migration)
@@ -568,4 +584,4 @@ class Jobs:
         if tasks:
             await asyncio.wait(tasks, timeout=max(grace_s, 1.0))
         with contextlib.suppress(SealaneError):
-            self._write_ends()
+            self.write_ends()

@@ -171,7 +171,7 @@ class PeerListener:
         except SealaneError as error:
             self._log.info("a migration was not received", code=error.code, reason=error.detail)
             return None
-        return job.task
+        return None if job is None else job.task
 
     def _begun(
         self, migration_id: bytes, connection: socket.socket, task: asyncio.Task[asyncio.Task[None] | None]

@@ -367,6 +367,32 @@ class VtpmView(Model):
     facts: VtpmFacts | None = None
 
 
+class Resolution(Model):
+    """How a source's doubt ended, or (`promised`, at a destination) what a source in doubt was answered for good.
+
+    `answer` is what the destination said before: ran, promise, under-way, gone, unknown; none, where it could not be asked.
+    """
+
+    decision: Literal["own-here", "drop-here", "promised"]
+    by: Literal["destination", "operator", "journal"]
+    answer: Literal["ran", "promise", "under-way", "gone", "unknown", "none"]
+    words: str
+    user: str | None = None
+    at: datetime
+
+
+class ResolveRequest(Model):
+    """What to do about a migration that is in doubt here. `ask`: do as the destination's journal says.
+
+    `own-here`: the VM is this host's and runs on here; `drop-here`: it is the destination's, and the paused copy here is
+    ended. The destination is asked first, and a word against its answer is refused. Where it cannot tell, or cannot be
+    asked, `i_have_looked` is needed: that somebody made sure of it on the destination itself.
+    """
+
+    decision: Literal["ask", "own-here", "drop-here"]
+    i_have_looked: bool = False
+
+
 class Migration(Model):
     """One migration as one host sees it. `receipt` is the number of its receipt here, `peer_receipt` the digest of the
     other end's, `stream_digest` that of all records of all lanes, `readable` what the protection leaves readable to whoever
@@ -400,6 +426,7 @@ class Migration(Model):
     peer_receipt: Digest | None = None
     vtpm: VtpmFacts | None = None
     receipt: int | None = None
+    resolution: Resolution | None = None
     queue: QueuePlace | None = None
     waited_s: float = 0.0
     priority: int = 0

@@ -8,6 +8,7 @@ A previous agent left them, or a job of this one that could not do its last step
     source       aborted, but not ended                  the same: QEMU did not let the VM run again when it was asked
     source       handing-over, in-doubt                  the VM stays paused: in-doubt; one that runs was refused: aborted
     source       completed, but not ended                the receipt came: end the copy that QEMU says it sent away
+                 (`doubts` journals `aborted` and `completed` so, when it is known how a doubt ends)
     source       postcopy, postcopy-paused               nothing: QEMU keeps its half of the VM's memory, and the VM is held
     destination  preparing, copying, switching-over      destroy the launched QEMU, aborted; but where a ticket to switch to
                                                          postcopy is held and QEMU has switched: as postcopy
@@ -57,12 +58,20 @@ class Recovery:
         self._find_qmp = find_qmp
         self._qmp_timeout_s = qmp_timeout_s
         self._settled: set[str] = set()
+        self._locks: dict[str, asyncio.Lock] = {}
         for entry in store.unfinished():
             jobs.adopt(entry)
 
     def _open(self) -> list[JournalEntry]:
         """All but what is in doubt and was looked at: of that only the peer or a person knows more."""
-        return [entry for entry in self._jobs.left_over() if entry.migration.id not in self._settled]
+        return [entry for entry in self._jobs.left_over() if not self._is_settled(entry.migration)]
+
+    def _is_settled(self, migration: Migration) -> bool:
+        return migration.state == "in-doubt" and migration.id in self._settled
+
+    def lock(self, migration_id: str) -> asyncio.Lock:
+        """Held by whoever changes where this migration stands."""
+        return self._locks.setdefault(migration_id, asyncio.Lock())
 
     @property
     def is_done(self) -> bool:
@@ -71,8 +80,17 @@ class Recovery:
 
     async def recover(self) -> list[Migration]:
         """One attempt at all that is open, all at once; returns what was settled. Never raises for one of them."""
-        settled = await asyncio.gather(*(self._settle(entry) for entry in self._open()))
+        settled = await asyncio.gather(*(self.settle(entry.migration.id) for entry in self._open()))
         return [migration for migration in settled if migration is not None]
+
+    async def settle(self, migration_id: str) -> Migration | None:
+        """One attempt at this migration, if it is open; None where it is not, or could not be settled yet."""
+        async with self.lock(migration_id):
+            entry = next((each for each in self._open() if each.migration.id == migration_id), None)
+            settled = None if entry is None else await self._settle(entry)
+        if settled is not None and settled.state in ENDED:
+            self._locks.pop(migration_id, None)
+        return settled
 
     async def _settle(self, entry: JournalEntry) -> Migration | None:
         log = _log.bind(migration=entry.migration.id[:8], vm=entry.migration.vm, role=entry.migration.role)

@@ -9,7 +9,9 @@ The invariant (`docs/handover.md`): at no time do two copies of a VM run, and no
   destination says that it refused the ticket and destroyed its copy. Before it, every doubt resumes the VM at the source.
 * The destination enters `handing-over` by journalling the ticket; only then does it resume the VM.
 * A ticket that certainly never left this host's agent (`not-sent`) was given to nobody: the source resumes the VM.
-* A source that loses the peer while handing over is `in-doubt`: the VM stays paused.
+* A source that loses the peer while handing over is `in-doubt`: the VM stays paused, and the source asks the destination
+  what became of it. `receipt` and `refused` are then the destination's journalled answer.
+* Where the destination cannot tell, an operator who has looked there decides: `own-here` or `drop-here`.
 
 By postcopy, where the VM runs at the destination before all of its memory is there:
 
@@ -68,6 +70,8 @@ class Input(StrEnum):
     RECEIPT = "receipt"  # source: received; destination: sent, the VM runs
     FAILED = "failed"  # anything that went wrong, cancel included
     REFUSED = "refused"  # the destination refused the ticket and destroyed its copy (source: was told so)
+    OWN_HERE = "own-here"  # source: an operator decided that the VM is this host's
+    DROP_HERE = "drop-here"  # source: an operator decided that it is the destination's
 
 
 ENDED: Final = frozenset({State.COMPLETED, State.ABORTED})
@@ -102,7 +106,13 @@ TRANSITIONS: Final[Mapping[Role, Mapping[State, Mapping[Input, State]]]] = {
             Input.NOT_SENT: State.ABORTED,
             Input.FAILED: State.IN_DOUBT,
         },
-        State.IN_DOUBT: {Input.RECEIPT: State.COMPLETED, Input.REFUSED: State.ABORTED, Input.FAILED: State.IN_DOUBT},
+        State.IN_DOUBT: {
+            Input.RECEIPT: State.COMPLETED,
+            Input.REFUSED: State.ABORTED,
+            Input.OWN_HERE: State.ABORTED,
+            Input.DROP_HERE: State.COMPLETED,
+            Input.FAILED: State.IN_DOUBT,
+        },
         **{state: {**steps, Input.REFUSED: State.ABORTED} for state, steps in _HALVED.items()},
         State.COMPLETED: {},
         State.ABORTED: {},

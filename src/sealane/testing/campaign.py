@@ -26,10 +26,24 @@ from sealane.testing.qemu import find_qemu
 
 # What a full disk can meet is an entry of the journal, at its beginning.
 _DISK: Final[frozenset[Fault]] = frozenset({"disk-full", "disk-full-once"})
-SIGNS: Final = {"completed": "C", "aborted": "A", "in-doubt, home": "h", "in-doubt, away": "a", "lost": "L", "": "?"}
+# Each leaves the source in doubt: the ticket is not journalled; the receipt never arrives.
+OPENINGS: Final = (
+    Injection("destination:hear:ticket", "kill-agent"),
+    Injection("destination:say:receipt:before", "kill-enclave"),
+)
+SIGNS: Final = {
+    "completed": "C",
+    "aborted": "A",
+    "in-doubt, home": "h",
+    "in-doubt, away": "a",
+    "in-doubt, brought back": "b",
+    "lost": "L",
+    "": "?",
+}
 LEGEND: Final = (
-    "C completed; A aborted, the VM runs on at the source; h, a: the source was in doubt, and its paused copy was resumed "
-    "(h) or ended because the destination had the VM (a); L the fault killed the QEMU in which the VM ran; ! a check failed"
+    "C completed; A aborted, the VM runs on at the source; h, a: the source was in doubt, asked, and took the VM back (h) or "
+    "ended its paused copy because the destination had the VM (a); b: the destination had lost it, and an operator brought back "
+    "the copy at the source; L the fault killed the QEMU in which the VM ran; ! a check failed"
 )
 
 
@@ -79,6 +93,17 @@ class Campaign:
                 second = self.singles([self._random.choice(later)])
                 yield [first, second[0]]
 
+    def doubts(self) -> list[list[Injection]]:
+        """What opens a doubt, and every fault at every point that is reached until it has ended; shuffled by the seed."""
+        found = []
+        for opening in OPENINGS:
+            outcome = self._attempt([opening])
+            if outcome.problems or not outcome.ending.startswith("in-doubt"):
+                raise RigError(f"{opening}: {outcome.ending}, {outcome.problems}")
+            found += [[opening, each] for each in self.singles(outcome.trace[outcome.traced_when_fired :])]
+        self._random.shuffle(found)
+        return found
+
     def attempt(self, injections: list[Injection]) -> Outcome:
         """One attempt, kept among the outcomes."""
         outcome = self._attempt(injections)
@@ -94,13 +119,15 @@ class Campaign:
         return self._rig.attempt(injections)
 
 
-def run(campaign: Campaign, count: int, pairs: int, report: "Report") -> None:
-    """Up to `count` single faults, all of them where they are fewer, then `pairs` pairs."""
+def run(campaign: Campaign, count: int, pairs: int, doubts: int, report: "Report") -> None:
+    """Up to `count` single faults, all of them where they are fewer, up to `doubts` in doubts, then `pairs` pairs."""
     points = campaign.points()
     report.points = points
     singles = campaign.singles(points)
     for injection in singles[:count]:
         report.tell(campaign.attempt([injection]))
+    for injections in campaign.doubts()[:doubts] if doubts else []:
+        report.tell(campaign.attempt(injections))
     drawn = campaign.pairs(singles)
     for _ in range(pairs):
         before = len(campaign.outcomes)
@@ -192,6 +219,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="orders the faults and draws the pairs [1]")
     parser.add_argument("--count", type=int, help="single faults to inject [all]")
     parser.add_argument("--pairs", type=int, default=100, help="pairs of faults to inject after them [100]")
+    parser.add_argument("--doubts", type=int, default=100, help="faults to inject while a doubt is resolved [100]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every outcome there")
     parser.add_argument("--draw", type=Path, nargs="+", metavar="FILE", help="only draw the tables of such files")
     arguments = parser.parse_args()
@@ -202,7 +230,8 @@ def main() -> int:
         return 0
     campaign, report, begun = Campaign(arguments.seed), Report(), time.monotonic()
     try:
-        run(campaign, arguments.count if arguments.count is not None else sys.maxsize, arguments.pairs, report)
+        count = sys.maxsize if arguments.count is None else arguments.count
+        run(campaign, count, arguments.pairs, arguments.doubts, report)
     finally:
         campaign.close()
         if arguments.json:

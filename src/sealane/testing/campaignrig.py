@@ -1,9 +1,9 @@
 """Two agents with points in them, one warm guest, and what must hold after every fault.
 
 `CampaignRig.attempt` migrates the guest while faults are injected, starts again what was killed, waits until both ends
-have settled, and judges: exactly one copy runs; or, where the source is in doubt, its paused copy is resumed or ended as
-the destination's journal says; the guest's memory is what the guest wrote; no tick is missing or was lived twice; nothing
-is left behind.
+have settled, and judges: exactly one copy runs, a doubt having ended by the destination's answer; or, where the destination
+took the VM and lost its QEMU, the paused copy at the source can be brought back as an operator would; the guest's memory is
+what the guest wrote; no tick is missing or was lived twice; nothing is left behind.
 """
 
 import sys
@@ -17,7 +17,7 @@ from typing import Final
 
 from sealane.enclave.launcher import LAUNCHER_NAME
 from sealane.errors import SealaneError
-from sealane.host.models import Migration, MigrationRequest
+from sealane.host.models import Migration, MigrationRequest, ResolveRequest
 from sealane.session.handover import ENDED, State
 from sealane.testing.faultdirector import KILLS_QEMU, Attempt, FaultDirector, Injection, qemus_of
 from sealane.testing.machine import Hardware, Workload
@@ -34,6 +34,10 @@ _TIDY_TIMEOUT_S: Final = 15.0
 _CHECK_TIMEOUT_S: Final = 30.0
 _LOOK_EVERY_S: Final = 0.05
 _PIDFD: Final = "anon_inode:[pidfd]"
+_SETTINGS: Final = "[limits]\nask_first_pause_s = 0.5\n"
+# Of an answer that leaves it to a person (`sealane.host.doubts.why_it_stays`).
+_LAST_ONE: Final = "the copy here is the last one"
+_BROUGHT_BACK: Final = "in-doubt, brought back"
 _MADE_BY_USE: Final = frozenset({"log", "receipts"})
 
 
@@ -82,6 +86,7 @@ class CampaignRig:
                 self._settle(attempt)
                 if attempt.fired:
                     outcome.recovery_s = time.monotonic() - attempt.fired_at
+            self._await_answer()
             self._take_notes(outcome, attempt)
             self._judge(outcome, attempt)
         except (RigError, SealaneError, OSError, AssertionError) as error:
@@ -106,7 +111,7 @@ class CampaignRig:
             for end in (self.home, self.away):
                 if end.name in attempt.killed:
                     self._restart(end, attempt)
-            if all(self._has_settled(end) for end in (self.home, self.away)) and not attempt.killed:
+            if all(self._has_settled(end, attempt) for end in (self.home, self.away)) and not attempt.killed:
                 return
             if time.monotonic() > deadline:
                 raise RigError(f"not settled after {_SETTLE_TIMEOUT_S:.0f} s: {self._tell()}")
@@ -124,15 +129,29 @@ class CampaignRig:
             return
         self._note_descriptors(end)
 
-    def _has_settled(self, end: AgentHost) -> bool:
+    def _has_settled(self, end: AgentHost, attempt: Attempt) -> bool:
         try:
             with end.client() as client:
                 found = self._newest(end)
                 if found is None:
                     return client.host().migrations_active == 0
-                return found.state == "in-doubt" or (State(found.state) in ENDED and found.ended_at is not None)
+                if (
+                    found.state == "in-doubt"
+                ):  # it lasts where nobody can be asked, nothing be journalled, or all be lost
+                    return attempt.is_cut or bool(attempt.full) or found.detail.find(_LAST_ONE) >= 0
+                return State(found.state) in ENDED and found.ended_at is not None
         except SealaneError:
             return False
+
+    def _await_answer(self) -> None:
+        """The line is mended and the disk free: a doubt ends by itself now, but where the destination lost its QEMU."""
+        deadline = time.monotonic() + _SETTLE_TIMEOUT_S
+        while (found := self._newest(self.home)) and (found.state == "in-doubt" or found.ended_at is None):
+            if _LAST_ONE in found.detail:
+                return
+            if time.monotonic() > deadline:
+                raise RigError(f"still in doubt after {_SETTLE_TIMEOUT_S:.0f} s: {found.detail}; {self._tell()}")
+            time.sleep(_LOOK_EVERY_S)
 
     def _newest(self, end: AgentHost) -> Migration | None:
         """This attempt's migration as this end knows it; None where it never had a job for it."""
@@ -151,18 +170,18 @@ class CampaignRig:
             outcome.problems.append("two copies run")
         elif source is not None and source.state == "in-doubt":
             outcome.ending = "in-doubt"
-            running = self._resolve(outcome, destination, running, may_be_lost)
+            running = self._resolve(outcome, source, running, may_be_lost)
         elif not running:
             self._judge_lost(outcome, source, destination, may_be_lost)
         elif running[0] is self.home:
-            outcome.ending = "aborted"
+            outcome.ending = "in-doubt, home" if source is not None and source.resolution else "aborted"
             self._expect(outcome, source, {"aborted", None}, {"source"})
             self._expect(outcome, destination, {"aborted", None}, {"source"})
         else:
-            outcome.ending = "completed"
+            outcome.ending = "in-doubt, away" if source is not None and source.resolution else "completed"
             self._expect(outcome, source, {"completed"}, {"destination"})
             self._expect(outcome, destination, {"completed"}, {"destination"})
-        if len(running) == 1:
+        if len(running) == 1 and outcome.ending != _BROUGHT_BACK:
             self._judge_guest(outcome, running[0])
         self._judge_remains(outcome, running)
         self._known |= {each.id for each in (source, destination) if each}
@@ -184,33 +203,19 @@ class CampaignRig:
             outcome.problems.append(f"no copy runs, and a paused one on {kept} was not resumed; {self._tell()}")
 
     def _resolve(
-        self, outcome: Outcome, destination: Migration | None, running: list[AgentHost], may_be_lost: bool
+        self, outcome: Outcome, source: Migration, running: list[AgentHost], may_be_lost: bool
     ) -> list[AgentHost]:
-        """What docs/handover.md tells the operator to do: look at the destination, and decide."""
+        """The destination took the VM and lost its QEMU: a person brings back the copy here, as of the switch-over."""
         self.worn = True
-        is_there = destination is not None and destination.state == "completed"
-        here = bool(qemus_of(self.home))
-        if running == [self.home]:
-            outcome.problems.append("the source is in doubt, and its copy runs")
-        if is_there:
-            if here:
-                with self.guest.machines[self.home.name].observe() as monitor, suppress(RigError):
-                    monitor.execute("quit")
-            if not running and not may_be_lost:
-                outcome.problems.append("the destination says that it has the VM, and it does not run")
-            outcome.ending = "in-doubt, away" if running else "lost"
-        elif here:
-            if qemus_of(self.away):
-                outcome.problems.append("the destination says that it has no copy, and has one")
-            with self.guest.machines[self.home.name].observe() as monitor:
-                monitor.execute("cont")
-            running = [self.home]
-            outcome.ending = "in-doubt, home"
-        else:
+        if running or not may_be_lost:
+            outcome.problems.append(f"the destination says that it lost its QEMU: {source.detail}; {self._tell()}")
+        with self.home.client() as client:
+            resolved = client.resolve(source.id, ResolveRequest(decision="own-here"))
+        outcome.ending = _BROUGHT_BACK
+        if resolved.runs_at == "nowhere":  # another fault took this one too
             outcome.ending = "lost"
-            if not may_be_lost:
-                outcome.problems.append("in doubt, and no copy is left")
-        return running
+            return []
+        return self._running()
 
     def _running(self) -> list[AgentHost]:
         found = []
@@ -309,7 +314,7 @@ def make_rig() -> Iterator[CampaignRig]:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sl-", dir="/tmp")))
         director = stack.enter_context(FaultDirector(directory / "director.sock"))
-        pair = stack.enter_context(make_pair(program=_program(director)))
+        pair = stack.enter_context(make_pair(program=_program(director), settings=_SETTINGS))
         director.ends = [pair.a, pair.b]
         for near, far in ((pair.a, pair.b), (pair.b, pair.a)):
             tap = stack.enter_context(Wiretap((far.host.address, far.host.port), host=near.host))

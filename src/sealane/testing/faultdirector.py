@@ -67,6 +67,7 @@ class Attempt:
     killed: set[str] = field(default_factory=set)
     full: set[str] = field(default_factory=set)
     clocks_s: dict[str, float] = field(default_factory=dict)
+    is_cut: bool = False
     _counts: Counter[str] = field(default_factory=Counter)
 
     def name(self, end: AgentHost, point: str) -> str:
@@ -163,6 +164,7 @@ class FaultDirector:
             for pid in qemus_of(end):
                 _kill(pid)
         if fault == "cut-link":
+            attempt.is_cut = True
             for tap in self.taps:
                 tap.cut()
         if fault == "disk-full":

@@ -255,6 +255,10 @@ class Wiretap:
             self._loop.call_soon_threadsafe(work)
             done.wait(_START_TIMEOUT_S)
 
+    def go_down(self) -> None:
+        """Lets no new connection through until `mend`; for tampers, which run in the relay's own thread."""
+        self._is_cut = True
+
     def mend(self) -> None:
         """Lets new connections through again."""
         self._is_cut = False

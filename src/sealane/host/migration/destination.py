@@ -42,6 +42,7 @@ from sealane.host.migration.checks import (
 )
 from sealane.host.migration.context import LANE_CIPHER, MigrationContext
 from sealane.host.migration.dialling import SocketDirectory
+from sealane.host.migration.doubtful import answer_doubt
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
 from sealane.host.migration.gate import pass_gate, trust_of
 from sealane.host.migration.postcopy_destination import Arrival, Half, has_switched
@@ -106,8 +107,8 @@ class Reception:
         job = self._context.jobs.job(self._id)
         return isinstance(job, DestinationMigration) and job.may_rejoin
 
-    async def meet(self, connection: socket.socket) -> Job:
-        """Meet the peer and begin the job that it asks for; raises SealaneError, having told the peer."""
+    async def meet(self, connection: socket.socket) -> Job | None:
+        """Meet the peer and begin the job that it asks for, None where it only asked; raises SealaneError, having told the peer."""
         try:
             self._enclave = enclave = await self._context.launcher.start_enclave()
         except BaseException:
@@ -130,17 +131,23 @@ class Reception:
             await uninterrupted(_turn_away(enclave, error))
             raise
 
-    async def _asked(self, enclave: EnclaveProcess, met: PeerEstablished) -> Job:
-        """The job that the peer asks for. A known peer's wish leaves a journal entry and a receipt, whatever refuses it."""
+    async def _asked(self, enclave: EnclaveProcess, met: PeerEstablished) -> Job | None:
+        """The job that the peer asks for; None where it is in doubt, and was answered.
+
+        A known peer's wish leaves a journal entry and a receipt, whatever refuses it.
+        """
         vm = _name_or(met.vm, UNNAMED)
         try:
-            prepare = await enclave.next_message(PREPARE_TIMEOUT_S, "`prepare` from the peer")
-            if isinstance(prepare, messages.Rejoin):
-                return self._rejoined(enclave, met, prepare)
-            if not isinstance(prepare, messages.Prepare):
-                raise PeerError("peer.message", f"`{prepare.kind}` came out of turn")
-            vm = prepare.vm
-            return self._begin_job(enclave, met, prepare)
+            wish = await enclave.next_message(PREPARE_TIMEOUT_S, "word of what the peer wants")
+            if isinstance(wish, messages.Ask):
+                await answer_doubt(self._context, enclave, met, wish)
+                return None
+            if isinstance(wish, messages.Rejoin):
+                return self._rejoined(enclave, met, wish)
+            if not isinstance(wish, messages.Prepare):
+                raise PeerError("peer.message", f"`{wish.kind}` came out of turn")
+            vm = wish.vm
+            return self._begin_job(enclave, met, wish)
         except SealaneError as error:
             facts = channel_facts(met)
             self._context.jobs.refuse(error, vm=vm, role="destination", peer=met.peer_name, id=self._id, **facts)

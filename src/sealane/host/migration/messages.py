@@ -25,15 +25,22 @@ and on a new channel, when the lanes were cut meanwhile:
              <-------------------  Rejoined       the destination's QEMU listens again
                                    Arrived, TicketRefused   instead: it has all, or never had it
 
+On a new channel, from a source that is in doubt what became of its ticket:
+
+    Ask      ------------------->                 what became of this migration?
+             <-------------------  Ran            the VM has run here; its receipt copy follows, if there is one
+                                   Promise        it never ran here, and this is journalled: it never will
+                                   Unsettled      the journal does not say (yet): ask again, or ask a person
+
 Anything that goes wrong before the ticket travels as the channel's own refusal.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from sealane.errors import PeerError, printable
-from sealane.host.models import Labels, Name, VtpmFacts
+from sealane.host.models import Labels, MigrationId, Name, VtpmFacts
 from sealane.libvirt.domains import DomainUri
 from sealane.limits import CHANNEL_MESSAGE_MAX, LANES_MAX
 
@@ -168,6 +175,39 @@ class ReceiptCopy(_Message):
     certificate: Annotated[str, Field(max_length=4096)]
 
 
+class _AboutTicket(_Message):
+    migration: MigrationId
+    vm: Name
+    epoch: Annotated[int, Field(gt=0, le=EPOCH_MAX + 1)]
+
+
+class Ask(_AboutTicket):
+    """What became of the ticket of this migration, VM and epoch?"""
+
+    kind: Literal["ask"] = "ask"
+
+
+class Ran(_AboutTicket):
+    """The destination journalled the ticket, and its copy has run."""
+
+    kind: Literal["ran"] = "ran"
+
+
+class Promise(_AboutTicket):
+    """The destination's copy never ran and is destroyed; it has journalled that this ticket is void."""
+
+    kind: Literal["promise"] = "promise"
+
+
+class Unsettled(_AboutTicket):
+    """The destination cannot tell. `under-way`: not yet; `gone`: it took the VM, and its QEMU was lost; `unknown`: its
+    journal has no such migration of this peer."""
+
+    kind: Literal["unsettled"] = "unsettled"
+    reason: Literal["under-way", "gone", "unknown"]
+    detail: Text = ""
+
+
 Message = (
     Prepare
     | Prepared
@@ -181,7 +221,12 @@ Message = (
     | Arrived
     | Rejoin
     | Rejoined
+    | Ask
+    | Ran
+    | Promise
+    | Unsettled
 )
+Answer: TypeAlias = Ran | Promise | Unsettled
 _ADAPTER: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
 
 

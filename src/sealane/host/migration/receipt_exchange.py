@@ -13,6 +13,7 @@ from sealane.errors import PeerError, SealaneError
 from sealane.host.jobs import Job
 from sealane.host.migration import messages
 from sealane.host.migration.enclave_process import EnclaveProcess
+from sealane.host.models import Migration
 from sealane.host.receipts.chain import Receipts
 
 # The other end has only to sign and to write a file.
@@ -21,14 +22,21 @@ COPY_TIMEOUT_S: Final = 5.0
 
 def give_copy(job: Job, enclave: EnclaveProcess, receipts: Receipts) -> None:
     """Send the other end our receipt of this migration, if it was written and fits a message."""
-    data = receipts.read(job.migration)
-    if data is None or len(data) > messages.RECEIPT_COPY_MAX:
+    copy = copy_of(job.migration, receipts)
+    if copy is None:
         return
-    copy = messages.ReceiptCopy(envelope=data.decode(), certificate=receipts.certificate_pem.decode())
     try:
         enclave.call(SendMessage(copy.model_dump_json()))
     except SealaneError as error:
         job.log.info("the other end did not get our receipt", code=error.code)
+
+
+def copy_of(migration: Migration, receipts: Receipts) -> messages.ReceiptCopy | None:
+    """Our receipt of this migration, if it was written and fits a message."""
+    data = receipts.read(migration)
+    if data is None or len(data) > messages.RECEIPT_COPY_MAX:
+        return None
+    return messages.ReceiptCopy(envelope=data.decode(), certificate=receipts.certificate_pem.decode())
 
 
 async def take_copy(job: Job, enclave: EnclaveProcess, receipts: Receipts) -> str | None:

@@ -159,11 +159,13 @@ def why_not_counterpart(theirs: Statement, ours: Migration, own_fingerprint: str
     """What speaks against `theirs` being the other end's receipt of `ours`; None where nothing does."""
     said = theirs.predicate
     here = said.hosts.source if ours.role == "source" else said.hosts.destination
+    # who was in doubt claimed no outcome, so none of the other end's contradicts it
+    outcome = said.outcome.state if ours.state == "in-doubt" else ours.state
     pairs = {
         "the migration": (said.migration.id, ours.id),
         "the VM": (said.migration.vm, ours.vm),
         "the role": (said.migration.role, "destination" if ours.role == "source" else "source"),
-        "the outcome": (said.outcome.state, ours.state),
+        "the outcome": (said.outcome.state, outcome),
         "the epoch": (said.migration.epoch, ours.epoch),
         "the stream": (said.transcript.lanes, ours.stream_digest),
         "this host": (here.fingerprint, own_fingerprint),

@@ -110,6 +110,17 @@ class BytesPart(_Part):
     wire: int
 
 
+class ResolutionPart(_Part):
+    """How a doubt ended: what was decided, by whom, and what the other end had answered."""
+
+    decision: Literal["own-here", "drop-here", "promised"]
+    by: Literal["destination", "operator", "journal"]
+    answer: Literal["ran", "promise", "under-way", "gone", "unknown", "none"]
+    words: str
+    user: str | None
+    at: datetime
+
+
 class Predicate(_Part):
     """A receipt's content. `previous` is the SHA-256 of the file of the receipt before, zeros for the first."""
 
@@ -129,6 +140,7 @@ class Predicate(_Part):
     bytes: BytesPart
     peer_receipt: Digest | None
     vtpm: VtpmFacts | None = None
+    resolution: ResolutionPart | None = None
 
 
 class Subject(_Part):
@@ -202,6 +214,7 @@ def make_statement(
         "bytes": {"wire": result.bytes_wire if result else migration.progress.bytes_wire},
         "peer_receipt": migration.peer_receipt,
         "vtpm": None if migration.vtpm is None else migration.vtpm.model_dump(mode="json"),
+        "resolution": None if migration.resolution is None else migration.resolution.model_dump(mode="json"),
     }
     return canonical(
         {
