@@ -137,6 +137,8 @@ def test_what_does_not_belong_there_is_refused_and_no_tpm_starts(
     finally:
         qemu.close()
         keeper.end()
+    assert keeper.record().status == "incoming"
+    keeper.order.vault().destroy()  # what the agent does then
     assert not directory.exists()
     assert keeper.record().status == "gone"
     assert list((tmp_path / "records").glob("*.key")) == []

@@ -223,9 +223,17 @@ class Vtpms:
                 _log.info("the TPM of a VM that left was destroyed", vm=name)
             elif record.status == "incoming" and record.migration == newest.id:
                 if newest.state == "completed":
-                    await self._call(name, "taken", epoch=newest.epoch or record.epoch + 1, version=0)
+                    await self._take_late(vm, newest.epoch or record.epoch + 1)
                 elif newest.state == "aborted":
                     await self.drop(vm)
+
+    async def _take_late(self, vm: VmDefinition, epoch: int) -> None:
+        try:
+            await self._call(vm.name, "taken", epoch=epoch, version=0)
+        except SealaneError as error:
+            if error.code != "vtpm.not-running":
+                raise
+            await asyncio.to_thread(self._alone, vm, lambda vault: vault.take(epoch))
 
     async def settle_all(self) -> None:
         """As `settle`, for every VM with a TPM here; raises nothing."""

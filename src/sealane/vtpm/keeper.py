@@ -118,7 +118,7 @@ class Keeper:
             os.close(self._watch)
             if self._data is not None:
                 os.close(self._data)
-            self._end()
+            self._note_written()  # an incoming TPM too: whether its VM is here, the agent's journal knows
 
     def _turn(self, clients: list[socket.socket]) -> None:
         pidfd = os.pidfd_open(self._launched.swtpm.process.pid)
@@ -144,12 +144,6 @@ class Keeper:
             self._hear_agent(client, clients)
         if pidfd in ready:
             self._over = True
-
-    def _end(self) -> None:
-        if self._launched.record.status == "incoming":
-            self._vault.destroy()
-        else:
-            self._note_written()
 
     def _note_written(self) -> None:
         """Keep the digest of what swtpm has written; the file is on the disk before the record says so."""

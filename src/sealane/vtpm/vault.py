@@ -94,6 +94,9 @@ class Vault:
         before = self.records.find(self.vm)
         if before is not None and before.status == "here":
             raise make_error("vtpm.exists", f"{self.vm} has a TPM here, which would be lost")
+        if before is not None and before.status == "incoming":  # of a migration that came to nothing
+            self.destroy()
+            before = self.records.find(self.vm)
         key, record = self._next(before, epoch)
         record = record.model_copy(
             update={"status": "incoming", "migration": migration, "version": version, "ek_sha256": ek_sha256}
@@ -227,9 +230,18 @@ class Vault:
             state, ek = read_state(content, key, scratch)
         return state, "" if ek is None else digest_of(ek)
 
+    def take(self, epoch: int) -> None:
+        """What came with a migration is this host's: for one whose keeper ended before it was told. Raises as `verify`."""
+        record = self.records.find(self.vm)
+        if record is None or record.status != "incoming":
+            raise make_error("vtpm.missing", f"no TPM of {self.vm} has come")
+        key = self.root_of(record.key).unwrap(record.key)
+        record.verify(key)
+        self.records.save(record.model_copy(update={"status": "here", "epoch": epoch}).authenticated(key))
+
     # ---- the end
 
-    def destroy(self, status: str = "gone") -> None:
+    def destroy(self) -> None:
         """The key, then the files; what stays is a record that says so."""
         record = self.records.find(self.vm)
         if record is None or record.status == "gone":
