@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,7 @@ def test_a_changed_record_is_refused(make_vault: MakeVault, plain: bytes) -> Non
     content = bytearray(older.read_bytes())
     content[50] ^= 1
     older.write_bytes(content)
-    vault.records.save(record.model_copy(update={"digest": digest_of(bytes(content))}))
+    vault.records.save(replace(record, digest=digest_of(bytes(content))))
     with refused("vtpm.altered"):
         vault.verify()
 
@@ -177,7 +178,7 @@ def test_with_a_host_tpm_the_key_itself_does_not_come_back(make_vault: MakeVault
     key = vault.root_of(first.key).unwrap(first.key)
     assert len(key) == 32
     second = ended(vault.open(0))
-    claimed = first.key.model_copy(update={"counter": second.key.counter})
+    claimed = replace(first.key, counter=second.key.counter)
     with refused("vtpm.root"):
         vault.root_of(claimed).unwrap(claimed)
 

@@ -10,6 +10,7 @@ BENCHES: Final = {
     "evacuate": "a host emptied several VMs at once and one after another: the ratio of what it took",
     "link": "a guest with real files over a 1 Gb/s link: QEMU's ways and Sealane's protections, with and without reduction",
     "migrate": "one guest moved by QEMU plain, QEMU TLS and Sealane, single-stream and multifd",
+    "vtpm": "a VM's own TPM: image, the four operations, whole moves; no protection, swtpm's, Sealane's",
     "pages": "page classes of a guest from outside: recall, precision, ms a GiB, and what it does to a busy lane",
     "wire": "reading QEMU's stream, GB/s of one core",
 }

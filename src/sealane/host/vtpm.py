@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import structlog
 
@@ -108,7 +108,7 @@ class Vtpms:
             storage=order.storage,
             control=order.control_path,
             swtpm=".".join(map(str, version)),
-            status="none" if record is None else record.status,
+            status=cast(Any, "none" if record is None else record.status),
             running=bool(running),
             in_use=bool(running.get("in_use")),
             migrating=bool(running.get("linked")),

@@ -17,7 +17,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -299,8 +299,12 @@ class Keeper:
             raise make_error("vtpm.two-migrations", f"the TPM of {self._launched.record.vm} travels already")
         if len(descriptors) != 1:
             raise make_error("internal.error", "no descriptor for the link")
-        self._link = Link(socket.socket(fileno=os.dup(descriptors[0])), VTPM_ANSWER_TIMEOUT_S)
+        self.attach(socket.socket(fileno=os.dup(descriptors[0])))
         return {}
+
+    def attach(self, connection: socket.socket) -> None:
+        """Ask the enclave at the other end of this link about states, until it is closed."""
+        self._link = Link(connection, VTPM_ANSWER_TIMEOUT_S)
 
     def _detach(self, _said: dict[str, Any], _descriptors: list[int]) -> dict[str, Any]:
         self._unlink()
@@ -312,14 +316,14 @@ class Keeper:
         record = self._launched.record
         written_here = record.version - self._version_at_first
         version = max(record.version, int(said["version"]) + written_here)
-        self._save(record.model_copy(update={"status": "here", "epoch": int(said["epoch"]), "version": version}))
+        self._save(replace(record, status="here", epoch=int(said["epoch"]), version=version))
         return {}
 
     def _stay(self, said: dict[str, Any], _descriptors: list[int]) -> dict[str, Any]:
         """The VM stays here, under this epoch."""
         self._unlink()
         if self._launched.record.epoch != said["epoch"]:
-            self._save(self._launched.record.model_copy(update={"epoch": int(said["epoch"])}))
+            self._save(replace(self._launched.record, epoch=int(said["epoch"])))
         return {}
 
     def _rotate(self, _said: dict[str, Any], _descriptors: list[int]) -> dict[str, Any]:

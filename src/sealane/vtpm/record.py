@@ -7,37 +7,48 @@ files are the present ones, by the digest of the last that were written; the key
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
+import re
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Final, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any, Final, TypeVar
 
 from sealane.crypto.kdf import authenticate, expand, same
 from sealane.errors import make_error
 
+T = TypeVar("T")
 RECORD_MAX: Final = 64 * 1024
 # Enough to tell the copies of a day's backups from files that were never ours.
 PAST_MAX: Final = 64
-_Digest = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+_DIGEST: Final = re.compile(r"([0-9a-f]{64})?")
+_COUNTER_MAX: Final = 1 << 63
+# What every field but `key` and `past` may be; no library for this, since a keeper starts while a migration waits.
+_STATUSES: Final = frozenset({"incoming", "here", "gone"})
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+@dataclass(frozen=True)
+class KeyReference:
+    """Where a key is kept ("file", "tpm"), and for which value of the counter; `public` and `private` are a TPM's sealed object."""
 
-
-class KeyReference(_Model):
-    """Where a key is kept, and for which value of the counter; `public` and `private` are a TPM's sealed object."""
-
-    root: Literal["file", "tpm"]
-    counter: Annotated[int, Field(ge=0, lt=1 << 63)]
+    root: str
+    counter: int
     index: int = 0
     public: str = ""
     private: str = ""
 
+    def why_not(self) -> str:
+        """What does not fit; empty where all does."""
+        if self.root not in {"file", "tpm"}:
+            return "key.root"
+        if not (0 <= self.counter < _COUNTER_MAX and 0 <= self.index < 1 << 32):
+            return "key.counter"
+        return ""
 
-class Record(_Model):
+
+@dataclass(frozen=True)
+class Record:
     """One VM's TPM on this host.
 
     `status`: "incoming" while its migration is under way, "here", or "gone" once it left. `version` counts the writes of its
@@ -45,15 +56,15 @@ class Record(_Model):
     """
 
     vm: str
-    status: Literal["incoming", "here", "gone"]
+    status: str
     epoch: int
-    version: int = 0
     key: KeyReference
     storage: str
     directory: str
-    digest: _Digest = ""
-    past: Annotated[list[str], Field(max_length=PAST_MAX)] = []
-    ek_sha256: _Digest = ""
+    version: int = 0
+    digest: str = ""
+    past: tuple[str, ...] = ()
+    ek_sha256: str = ""
     migration: str = ""
     mac: str = ""
 
@@ -64,7 +75,7 @@ class Record(_Model):
 
     def authenticated(self, key: bytes) -> "Record":
         """The record with its proof under the key of the files."""
-        return self.model_copy(update={"mac": self._mac(key)})
+        return replace(self, mac=self._mac(key))
 
     def verify(self, key: bytes) -> None:
         """Raises `vtpm.altered` where the record is not what it was when it was written."""
@@ -72,25 +83,56 @@ class Record(_Model):
             raise make_error("vtpm.altered", f"the record of {self.vm}'s TPM was changed")
 
     def _mac(self, key: bytes) -> str:
-        text = self.model_copy(update={"mac": ""}).model_dump_json()
-        return authenticate(expand(key, b"sealane v1 vtpm record", 32), text.encode()).hex()
+        return authenticate(expand(key, b"sealane v1 vtpm record", 32), replace(self, mac="").encode()).hex()
+
+    def encode(self) -> bytes:
+        """As it lies in its file."""
+        return json.dumps(asdict(self)).encode()
 
     def written(self, digest: str) -> "Record":
         """The record once the files have this content."""
         if digest == self.digest:
             return self
-        past = [*self.past, self.digest][-PAST_MAX:] if self.digest else self.past
-        return self.model_copy(update={"digest": digest, "past": past, "version": self.version + 1})
+        return replace(self, digest=digest, past=self.remembered(), version=self.version + 1)
+
+    def remembered(self) -> tuple[str, ...]:
+        """The digests of earlier content, once the present one is among them."""
+        return (*self.past, self.digest)[-PAST_MAX:] if self.digest else self.past
+
+    def why_not(self) -> str:
+        """What does not fit; empty where all does."""
+        numbers, digests = (self.epoch, self.version), (self.digest, self.ek_sha256, *self.past)
+        if self.status not in _STATUSES:
+            return "status"
+        if not all(0 <= number < _COUNTER_MAX for number in numbers):
+            return "epoch or version"
+        if len(self.past) > PAST_MAX or not all(_DIGEST.fullmatch(each) for each in digests):
+            return "digest"
+        return self.key.why_not()
 
 
 def parse_record(data: bytes) -> Record:
     """Read one; raises `vtpm.record`."""
     try:
-        return Record.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise make_error("vtpm.record", f"{where}: {first['msg']}") from None
+        said = json.loads(data)
+        key = _typed(KeyReference, said.pop("key"))
+        past = said.pop("past")
+        if type(past) is not list or not all(type(each) is str for each in past):
+            raise ValueError("past")
+        record = replace(_typed(Record, {**said, "key": key}), past=tuple(past))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise make_error("vtpm.record", f"a record that does not fit: {type(error).__name__}") from None
+    if why := record.why_not():
+        raise make_error("vtpm.record", f"a record whose {why} does not fit")
+    return record
+
+
+def _typed(cls: type[T], said: dict[str, Any]) -> T:
+    """The dataclass with exactly these fields (`past` apart), each of its own type."""
+    names = {each.name: each.type for each in fields(cls) if each.name != "past"}  # type: ignore[arg-type]
+    if set(said) != set(names) or not all(type(said[name]) is kind for name, kind in names.items()):
+        raise ValueError("fields")
+    return cls(**said)
 
 
 def digest_of(content: bytes) -> str:
@@ -124,7 +166,7 @@ class Records:
     def save(self, record: Record) -> None:
         """Write it; on the disk on return. Raises `vtpm.record`."""
         try:
-            write_durably(self._path(record.vm), record.model_dump_json().encode())
+            write_durably(self._path(record.vm), record.encode())
         except OSError as error:
             raise make_error("vtpm.record", f"{self._path(record.vm)}: {error.strerror}") from error
 

@@ -12,6 +12,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -142,7 +143,7 @@ class TpmRoot:
             sealed = {
                 name: base64.b64encode((directory / name).read_bytes()).decode() for name in ("public", "private")
             }
-        return reference.model_copy(update=sealed)
+        return replace(reference, public=sealed["public"], private=sealed["private"])
 
     def unwrap(self, reference: KeyReference) -> bytes:
         """Have the TPM open it, which it does only while the counter has the value."""

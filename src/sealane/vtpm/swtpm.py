@@ -48,23 +48,23 @@ def version() -> tuple[int, int, int]:
 
 
 class Swtpm:
-    """One process, its state in `directory`, encrypted under `key` (none: in clear). `stop` it; it dies with us too."""
+    """One process, its state in `directory`, encrypted under `key` (none: in clear). `stop` it; it dies with us too.
 
-    def __init__(self, directory: Path, key: bytes | None) -> None:
+    `migration_key` is swtpm's own protection of the state that it gives out, which Sealane does not use: for comparisons.
+    """
+
+    def __init__(self, directory: Path, key: bytes | None, *, migration_key: bytes | None = None) -> None:
         ours, theirs = socket.socketpair()
         words = [
             *("swtpm", "socket", "--tpm2", "--tpmstate", f"dir={directory},mode=0600"),
             *("--ctrl", f"type=unixio,clientfd={theirs.fileno()}"),
         ]
         passed = [theirs.fileno()]
-        reading = -1
         try:
-            if key is not None:
-                reading, writing = os.pipe()
-                os.write(writing, key)
-                os.close(writing)
-                passed.append(reading)
-                words += ["--key", f"fd={reading},format=binary,mode=aes-256-cbc"]
+            for option, secret in (("--key", key), ("--migration-key", migration_key)):
+                if secret is not None:
+                    passed.append(_pipe_with(secret))
+                    words += [option, f"fd={passed[-1]},format=binary,mode=aes-256-cbc"]
             self.process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", "--", *words],
                 stdin=subprocess.DEVNULL,
@@ -76,8 +76,8 @@ class Swtpm:
             raise make_error("vtpm.swtpm", f"swtpm could not be started: {error.strerror}") from error
         finally:
             theirs.close()
-            if reading >= 0:
-                os.close(reading)
+            for descriptor in passed[1:]:
+                os.close(descriptor)
         self.directory = directory
         self.control = ControlChannel(ours, ANSWER_TIMEOUT_S)
 
@@ -113,6 +113,14 @@ class Swtpm:
             self.process.kill()
         self.process.wait()
         self.control.close()
+
+
+def _pipe_with(secret: bytes) -> int:
+    """The reading end of a pipe that holds the secret and nothing more."""
+    reading, writing = os.pipe()
+    os.write(writing, secret)
+    os.close(writing)
+    return reading
 
 
 def read_state(content: bytes, key: bytes | None, scratch: Path) -> tuple[bytes, bytes | None]:

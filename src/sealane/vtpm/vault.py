@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -98,9 +98,7 @@ class Vault:
             self.destroy()
             before = self.records.find(self.vm)
         key, record = self._next(before, epoch)
-        record = record.model_copy(
-            update={"status": "incoming", "migration": migration, "version": version, "ek_sha256": ek_sha256}
-        )
+        record = replace(record, status="incoming", migration=migration, version=version, ek_sha256=ek_sha256)
         swtpm = Swtpm(record.path, key)
         root = self.root_of(record.key)
         record = record.authenticated(key)
@@ -119,7 +117,7 @@ class Vault:
 
     def _launch(self, state: bytes, before: Record | None, *, epoch: int, ek: str) -> Launched:
         key, record = self._next(before, epoch)
-        record = record.model_copy(update={"ek_sha256": ek})
+        record = replace(record, ek_sha256=ek)
         swtpm = Swtpm(record.path, key)
         try:
             swtpm.control.tpm_state_write(BlobType.PERMANENT, state)
@@ -159,9 +157,7 @@ class Vault:
             vm=self.vm, status="here", epoch=epoch, key=reference, storage=str(self._storage), directory=name
         )
         if before is not None:
-            kept = {"version": before.version, "ek_sha256": before.ek_sha256}
-            past = [*before.past, before.digest] if before.digest else before.past
-            record = record.model_copy(update={**kept, "past": past[-64:]})
+            record = replace(record, version=before.version, ek_sha256=before.ek_sha256, past=before.remembered())
         record.path.mkdir(parents=True, mode=0o700)
         return key, record
 
@@ -237,7 +233,7 @@ class Vault:
             raise make_error("vtpm.missing", f"no TPM of {self.vm} has come")
         key = self.root_of(record.key).unwrap(record.key)
         record.verify(key)
-        self.records.save(record.model_copy(update={"status": "here", "epoch": epoch}).authenticated(key))
+        self.records.save(replace(record, status="here", epoch=epoch).authenticated(key))
 
     # ---- the end
 
@@ -248,8 +244,8 @@ class Vault:
             return
         self.root_of(record.key).destroy(record.key)
         self._forget_files(record)
-        bare = record.key.model_copy(update={"public": "", "private": ""})
-        self.records.save(record.model_copy(update={"status": "gone", "key": bare, "mac": ""}))
+        bare = replace(record.key, public="", private="")
+        self.records.save(replace(record, status="gone", key=bare, mac=""))
 
     def _forget_files(self, record: Record) -> None:
         if record.directory:
