@@ -99,6 +99,15 @@ def test_an_old_departure_does_not_end_a_tpm_that_came_later(host: Host) -> None
     assert host.settle() == "here"
 
 
+def receive(host: Host, number: int, facts: VtpmFacts) -> None:
+    async def run() -> None:
+        listener = await host.vtpms.expect(host.definition, facts)
+        assert listener is not None
+        await host.vtpms.receive(host.definition, f"{ID}{number}", 0, facts, listener)
+
+    asyncio.run(run())
+
+
 def brought(host: Host, tmp_path: Path) -> QemuStandIn:
     """A TPM that has come whole with migration 1."""
     source = KeeperProcess(tmp_path / "source")
@@ -112,7 +121,7 @@ def brought(host: Host, tmp_path: Path) -> QemuStandIn:
     sender.close()
     source.end()
     facts = VtpmFacts(ek_sha256="", version=1, counter=1)
-    asyncio.run(host.vtpms.receive(host.definition, f"{ID}1", 0, facts))
+    receive(host, 1, facts)
     qemu = QemuStandIn(host.keeper)
     enclave = EnclaveStandIn(host.keeper, JOURNEY, is_source=False)
     assert [qemu.set(each, blobs[each]) for each in TYPES] == [0, 0, 0]
@@ -151,7 +160,7 @@ def test_what_came_to_nothing_is_cleared_away_by_the_next(host: Host, tmp_path: 
     host.keeper.end()
     before = host.record().path
     facts = VtpmFacts(ek_sha256="", version=1, counter=1)
-    asyncio.run(host.vtpms.receive(host.definition, f"{ID}2", 0, facts))
+    receive(host, 2, facts)
     assert not before.exists()
     assert host.record().migration == f"{ID}2"
 

@@ -15,11 +15,13 @@ import json
 import os
 import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -33,10 +35,8 @@ from sealane.testing.pair import AgentHost, Guest, HostPair, make_pair
 from sealane.testing.problems import RigError
 from sealane.vtpm.control import BlobType, Command, ControlChannel
 from sealane.vtpm.envelope import Journey, StateSealer
-from sealane.vtpm.keeper import Keeper
-from sealane.vtpm.record import Records
+from sealane.vtpm.keeper import Order, call_keeper
 from sealane.vtpm.swtpm import ANSWER_TIMEOUT_S, STATE_FILE, Swtpm, manufacture
-from sealane.vtpm.vault import Vault
 
 Way = Literal["none", "swtpm", "sealane"]
 WAYS: Final[tuple[Way, ...]] = ("none", "swtpm", "sealane")
@@ -213,35 +213,30 @@ def _swtpms_own(image: bytes, directory: Path, times: int) -> dict[BlobType, lis
 
 
 def _through_keeper(image: bytes, directory: Path, times: int) -> dict[BlobType, list[float]]:
-    """QEMU's side of a keeper, which has an enclave's part in a thread."""
+    """QEMU's side of a keeper, which has an enclave's part in a thread of this process."""
     root = _fresh(directory / "keeper")
-    storage = _fresh(root / "files")
-    (storage / STATE_FILE).write_bytes(image)
-    vault = Vault(Records(root / "records"), "bench", storage=storage, scratch=root / "scratch", tcti=None)
-    with vault.records.locked("bench"), ExitStack() as stack:
-        launched = vault.create(0, adopt=True)
-        listeners = []
-        for name, kind in (("c", socket.SOCK_STREAM), ("a", socket.SOCK_SEQPACKET)):
-            listener = socket.socket(socket.AF_UNIX, kind)
-            listener.bind(str(root / name))
-            listener.listen(2)
-            listeners.append(listener)
-        keeper = Keeper(vault, launched, *listeners)
-        qemu = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        qemu.connect(str(root / "c"))
-        ours, theirs = socket.socketpair()
-        keeper.attach(theirs)
+    (_fresh(root / "files") / STATE_FILE).write_bytes(image)
+    order = Order(
+        vm="bench", how="adopt", epoch=0, storage=str(root / "files"), records=str(root / "records"),
+        scratch=str(root / "scratch"), control_path=str(root / "c"), admin_path=str(root / "a"), tcti=None,
+    )  # fmt: skip
+    words = [sys.executable, "-m", "sealane.vtpm"]
+    subprocess.run(words, input=order.encode(), stdout=subprocess.DEVNULL, timeout=60, check=True)
+    qemu = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    ours, theirs = socket.socketpair()
+    with qemu, ours, theirs:
+        qemu.connect(order.control_path)
+        call_keeper(Path(order.admin_path), "link", descriptors=[theirs.fileno()])
+        theirs.close()
         states = VtpmStates(ours, StateSealer(bytes(32), _JOURNEY, os.urandom), is_source=True)
         ours.settimeout(None)
-        serving = threading.Thread(target=keeper.run)
-        enclave = threading.Thread(target=_serve, args=[states])
-        for thread in (serving, enclave):
-            thread.start()
-        stack.callback(enclave.join)
-        stack.callback(serving.join)
-        stack.callback(qemu.close)
+        enclave = threading.Thread(target=_serve, args=[states], daemon=True)
+        enclave.start()
         control = ControlChannel(qemu, ANSWER_TIMEOUT_S)
-        return {each: _timed(times, control.tpm_state_read, each) for each in (BlobType.PERMANENT, BlobType.VOLATILE)}
+        found = {each: _timed(times, control.tpm_state_read, each) for each in (BlobType.PERMANENT, BlobType.VOLATILE)}
+        call_keeper(Path(order.admin_path), "stop")
+        enclave.join()
+    return found
 
 
 def _serve(states: VtpmStates) -> None:

@@ -22,12 +22,13 @@ import structlog
 
 from sealane.errors import SealaneError, make_error
 from sealane.host.config import Settings
+from sealane.host.migration.enclave_process import uninterrupted
 from sealane.host.models import Migration, VmDefinition, VtpmFacts, VtpmView
 from sealane.host.store import Store
 from sealane.limits import VTPM_START_TIMEOUT_S
 from sealane.paths import Paths
 from sealane.vtpm import swtpm
-from sealane.vtpm.keeper import Order, call_keeper
+from sealane.vtpm.keeper import Order, call_keeper, listen_at
 from sealane.vtpm.record import Record, Records
 from sealane.vtpm.vault import Vault
 
@@ -159,19 +160,39 @@ class Vtpms:
             raise make_error("vtpm.gone", f"the TPM of {vm.name} is {record.status} here")
         return facts_of(record)
 
-    async def receive(self, vm: VmDefinition, migration: str, epoch: int, facts: VtpmFacts | None) -> None:
-        """Start an swtpm for the TPM that comes with this migration; raises `check.vtpm`."""
+    async def expect(self, vm: VmDefinition, facts: VtpmFacts | None) -> socket.socket | None:
+        """Where QEMU will find the TPM that comes, before its keeper is there; None where none comes.
+
+        Raises `check.vtpm`, and `vtpm.exists` where one is here that would be lost.
+        """
         if (facts is None) != (vm.vtpm is None):
             raise make_error(
                 "check.vtpm", f"{vm.name} has a TPM at the {'destination' if facts is None else 'source'} only"
             )
         if facts is None:
-            return
+            return None
         await self.settle(vm.name)
-        order = replace(
-            self._order(vm, "receive", epoch), migration=migration, version=facts.version, ek_sha256=facts.ek_sha256
-        )
-        await self._start_keeper(order)
+        record = self._records.find(vm.name)
+        if record is not None and record.status == "here":
+            raise make_error("vtpm.exists", f"{vm.name} has a TPM here, which would be lost")
+        try:
+            return listen_at(self.control_path(vm.name), socket.SOCK_STREAM)
+        except OSError as error:
+            raise make_error("vtpm.keeper", f"{self.control_path(vm.name)}: {error.strerror}") from error
+
+    async def receive(
+        self, vm: VmDefinition, migration: str, epoch: int, facts: VtpmFacts, listener: socket.socket
+    ) -> None:
+        """Start a keeper and an swtpm for the TPM that comes with this migration; the listener is theirs afterwards."""
+        with listener:
+            order = replace(
+                self._order(vm, "receive", epoch),
+                migration=migration,
+                version=facts.version,
+                ek_sha256=facts.ek_sha256,
+                listener=listener.fileno(),
+            )
+            await uninterrupted(self._start_keeper(order))  # what has begun is known, and can be ended
 
     async def link(self, vm: VmDefinition) -> socket.socket | None:
         """The enclave's end of a link to the VM's keeper; None where the VM has no TPM. Raises `vtpm.two-migrations`."""
@@ -270,6 +291,7 @@ class Vtpms:
                     stderr=output,
                     env={name: value for name, value in os.environ.items() if name not in _OURS_ALONE},
                     start_new_session=True,
+                    pass_fds=[order.listener] if order.listener >= 0 else [],
                     timeout=VTPM_START_TIMEOUT_S,
                     check=False,
                 )

@@ -46,7 +46,10 @@ _NEEDED: Final = frozenset({BlobType.PERMANENT, BlobType.VOLATILE})
 
 @dataclass(frozen=True)
 class Order:
-    """What the agent starts a keeper with. `how`: create, adopt, open or receive; `tcti` null: the host has no TPM."""
+    """What the agent starts a keeper with. `how`: create, adopt, open or receive; `tcti` null: the host has no TPM.
+
+    `listener` is an inherited descriptor that listens at `control_path` already, where QEMU is launched meanwhile.
+    """
 
     vm: str
     how: str
@@ -60,6 +63,7 @@ class Order:
     migration: str = ""
     version: int = 0
     ek_sha256: str = ""
+    listener: int = -1
 
     def vault(self) -> Vault:
         """The VM's vault."""
@@ -368,7 +372,8 @@ def _say(words: str) -> None:
     os.write(2, f"sealane: vTPM: {words}\n".encode())
 
 
-def _listen(path: Path, kind: socket.SocketKind) -> socket.socket:
+def listen_at(path: Path, kind: socket.SocketKind) -> socket.socket:
+    """A private listening socket, in place of whatever was there; raises OSError."""
     path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     listener = socket.socket(socket.AF_UNIX, kind)
@@ -413,8 +418,13 @@ def _start(order: Order, vault: Vault) -> Keeper:
         case _:
             launched = vault.receive(order.epoch, order.migration, version=order.version, ek_sha256=order.ek_sha256)
     try:
-        admin = _listen(Path(order.admin_path), socket.SOCK_SEQPACKET)
-        return Keeper(vault, launched, _listen(Path(order.control_path), socket.SOCK_STREAM), admin)
+        admin = listen_at(Path(order.admin_path), socket.SOCK_SEQPACKET)
+        if order.listener >= 0:
+            qemu = socket.socket(fileno=order.listener)
+            qemu.set_inheritable(False)
+        else:
+            qemu = listen_at(Path(order.control_path), socket.SOCK_STREAM)
+        return Keeper(vault, launched, qemu, admin)
     except OSError as error:
         launched.swtpm.stop()
         raise make_error("vtpm.keeper", f"{order.control_path}: {error.strerror}") from error

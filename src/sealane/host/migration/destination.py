@@ -11,6 +11,7 @@ Up to the journalling of the ticket every failure destroys what was launched her
 """
 
 import asyncio
+import functools
 import socket
 import time
 from collections.abc import Callable
@@ -48,7 +49,7 @@ from sealane.host.migration.gate import pass_gate, trust_of
 from sealane.host.migration.postcopy_destination import Arrival, Half, has_switched
 from sealane.host.migration.receipt_exchange import give_copy, take_copy
 from sealane.host.migration.stall import StallLimit
-from sealane.host.migration.vtpm_steps import vtpm_abandoned, vtpm_taken
+from sealane.host.migration.vtpm_steps import launch_with_tpm, vtpm_abandoned, vtpm_taken
 from sealane.host.models import Migration, Name, Progress, Protection, Result, VmDefinition
 from sealane.host.problems import problem_of
 from sealane.host.quoting import incoming_binaries
@@ -362,16 +363,15 @@ class DestinationMigration(Job):
             raise ControlError("check.vm-present", f"{self._vm.name} has a QEMU here already")
         assert self._vm.launch_incoming is not None  # noqa: S101 - checked by the reception
         self._vtpm_begun = True
-        await self._watch(self._context.vtpms.receive(self._vm, self.id, self._prepare.epoch, self._prepare.vtpm))
-        await self._watch(
-            launch_incoming(
-                self._vm.launch_incoming,
-                self._vm.qmp,
-                self._log_path,
-                self._context.settings.limits.launch_timeout_s,
-                on_started=self._note_launched,
-            )
+        launch = functools.partial(
+            launch_incoming,
+            self._vm.launch_incoming,
+            self._vm.qmp,
+            self._log_path,
+            self._context.settings.limits.launch_timeout_s,
+            on_started=self._note_launched,
         )
+        await self._watch(launch_with_tpm(self, self._context, self._vm, self._prepare, launch))
 
     def _note_launched(self, launched: LaunchedMachine) -> None:
         self._launched = launched

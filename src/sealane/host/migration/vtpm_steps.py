@@ -1,11 +1,49 @@
 """What a migration does with the VM's TPM once its end is decided. None of it changes that end: what fails here is logged,
 and done later from the journal (`Vtpms.settle`). A VM without a TPM is passed over."""
 
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
 from sealane.errors import SealaneError
 from sealane.host.jobs import Job
 from sealane.host.migration.context import MigrationContext
-from sealane.host.migration.messages import Ticket
+from sealane.host.migration.enclave_process import uninterrupted
+from sealane.host.migration.messages import Prepare, Ticket
 from sealane.host.models import VmDefinition
+from sealane.hypervisor.launch import LaunchedMachine
+
+
+async def launch_with_tpm(
+    job: Job,
+    context: MigrationContext,
+    vm: VmDefinition,
+    prepare: Prepare,
+    launch: Callable[[], Coroutine[Any, Any, LaunchedMachine]],
+) -> None:
+    """Destination: launch the VM's QEMU, and meanwhile its TPM, which QEMU waits for. Raises what either does.
+
+    Where one fails the other is undone, or left to `vtpm_abandoned`, before this returns.
+    """
+    if vm.vtpm is None and prepare.vtpm is None:
+        await launch()
+        return
+    listener = await context.vtpms.expect(vm, prepare.vtpm)
+    if listener is None or prepare.vtpm is None:  # it raises where only one of them is
+        return
+    tpm = asyncio.ensure_future(context.vtpms.receive(vm, job.id, prepare.epoch, prepare.vtpm, listener))
+    qemu = asyncio.ensure_future(launch())
+    try:
+        await asyncio.wait({tpm, qemu}, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        qemu.cancel()  # nothing, where it is done
+        await uninterrupted(_ended(tpm, qemu))
+    tpm.result()
+    qemu.result()
+
+
+async def _ended(*tasks: asyncio.Future[Any]) -> None:
+    await asyncio.wait(tasks)
 
 
 async def vtpm_left(job: Job, context: MigrationContext, vm: VmDefinition) -> None:
