@@ -221,7 +221,9 @@ def _through_keeper(image: bytes, directory: Path, times: int) -> dict[BlobType,
         scratch=str(root / "scratch"), control_path=str(root / "c"), admin_path=str(root / "a"), tcti=None,
     )  # fmt: skip
     words = [sys.executable, "-m", "sealane.vtpm"]
-    subprocess.run(words, input=order.encode(), stdout=subprocess.DEVNULL, timeout=60, check=True)
+    subprocess.run(
+        words, input=order.encode(), stdout=subprocess.PIPE, timeout=60, check=True
+    )  # it says when it is there
     qemu = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     ours, theirs = socket.socketpair()
     with qemu, ours, theirs:
