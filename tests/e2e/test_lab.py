@@ -4,11 +4,20 @@ from collections.abc import Iterator
 
 import pytest
 
+from sealane.testing.lab.attacks import ATTACKS
 from sealane.testing.lab.guest import USERS
 from sealane.testing.lab.leak import LeakTable, measure
 from sealane.testing.lab.stage import Stage, make_stage
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+CODES = {
+    "downgrade": ("peer.tls-version",),
+    "redirect": ("peer.unknown",),
+    "replay": ("",),
+    "truncate": ("lane.truncated", "lane.cut"),
+    "tamper": ("lane.integrity",),
+}
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +28,7 @@ def stage() -> Iterator[Stage]:
 
 @pytest.fixture(scope="module")
 def table(stage: Stage) -> LeakTable:
-    return measure(stage, ways=("plain", "sealed", "shift", "affine", "hrt"))
+    return measure(stage, ways=("plain", "sealed", "shift", "affine", "hrt"), is_thorough=False)
 
 
 def test_all_is_planted_and_plain_shows_all_of_it(table: LeakTable) -> None:
@@ -54,3 +63,24 @@ def test_the_seeds_codecs_are_broken_from_one_capture(table: LeakTable, codec: s
     # a page that two records share is encrypted, whatever it is
     assert table.count(codec, place=lambda place: place in USERS) >= len(USERS) - 1
     assert table.count(codec, place=lambda place: place not in USERS) >= 8
+
+
+@pytest.mark.parametrize("attack", ["truncate", "downgrade", "redirect", "replay", "tamper"])
+def test_sealed_withstands(stage: Stage, table: LeakTable, attack: str) -> None:
+    """One clear error, and the VM runs on at the source."""
+    told = ATTACKS[attack](stage, "sealed")
+    assert not told.attacker_won, told
+    assert told.vm == "runs at the source", told
+    # what is cut is noticed by the end that reads, or by the one that writes
+    assert told.code in CODES[attack], told
+
+
+def test_plain_does_not_withstand(stage: Stage, table: LeakTable) -> None:
+    told = ATTACKS["tamper"](stage, "plain")
+    assert told.attacker_won, told
+    assert "pay 999 to mallo" in stage.guest.console.text
+
+
+def test_many_false_sources_do_not_keep_the_true_one_out(stage: Stage, table: LeakTable) -> None:
+    told = ATTACKS["flood"](stage, "sealed")
+    assert (told.attacker_won, told.vm) == (False, "runs at the destination"), told

@@ -271,8 +271,101 @@ def leak(
       sealane lab leak
       sealane lab leak plain sealed --json
     """
+    _experiments().leak(out, _known(ways))
+
+
+def _known(ways: list[str] | None) -> list[str] | None:
     known = get_args(Way)
     for way in ways or []:
         if way not in known:
             raise UsageError("usage.argument", f"{way}: the ways are {', '.join(known)}")
-    _experiments().leak(out, ways or None)
+    return ways or None
+
+
+WaysOption = Annotated[
+    list[str] | None,
+    typer.Option("--way", metavar="WAY", help="Attack this way; may be repeated [default: plain, tls and sealed]."),
+]
+
+
+def _attack(out: Output, name: str, ways: list[str] | None) -> None:
+    """Run one attack; exits with 1 where a way of Sealane's own let the attacker have what he wanted."""
+    chosen = _known(ways) or ["plain", "tls", "sealed"]
+    found = _experiments().attack(out, name, chosen)
+    if any(each.attacker_won for each in found if each.way not in ("plain", "tls")):
+        raise typer.Exit(NOTHING)
+
+
+@app.command()
+@command
+def tamper(*, out: Output, way: WaysOption = None) -> None:
+    """Change a sentence in the memory of a running guest while it moves; where none is to be seen, flip one bit.
+
+    Over plain migration the guest then says something else. Exits with 0 when Sealane's ways withstood.
+
+    \b
+    Example:
+      sealane lab tamper
+      sealane lab tamper --way sealed --way hrt
+    """
+    _attack(out, "tamper", way)
+
+
+@app.command()
+@command
+def truncate(*, out: Output, way: WaysOption = None) -> None:
+    """Cut the connection in the middle of the memory.
+
+    \b
+    Example:
+      sealane lab truncate
+    """
+    _attack(out, "truncate", way)
+
+
+@app.command()
+@command
+def replay(*, out: Output, way: WaysOption = None) -> None:
+    """Say again to a destination all that was heard of an earlier migration.
+
+    \b
+    Example:
+      sealane lab replay
+    """
+    _attack(out, "replay", way)
+
+
+@app.command()
+@command
+def redirect(*, out: Output, way: WaysOption = None) -> None:
+    """Lead the source to a false destination, as a false answer to ARP or DNS does.
+
+    \b
+    Example:
+      sealane lab redirect
+    """
+    _attack(out, "redirect", way)
+
+
+@app.command()
+@command
+def flood(*, out: Output, way: WaysOption = None) -> None:
+    """Occupy the destination's port with false sources while the true one comes.
+
+    \b
+    Example:
+      sealane lab flood
+    """
+    _attack(out, "flood", way)
+
+
+@app.command()
+@command
+def downgrade(*, out: Output, way: WaysOption = None) -> None:
+    """Take the newest TLS out of what the source offers, and offer an old one.
+
+    \b
+    Example:
+      sealane lab downgrade
+    """
+    _attack(out, "downgrade", way)

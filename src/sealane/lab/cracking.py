@@ -262,8 +262,8 @@ def break_hrt(pages: Pages) -> Broken:
     scores = np.empty((len(_ODD), 256))
     model = byte_model()
     for row, (odd, inverse) in enumerate(zip(_ODD, _INVERSES, strict=True)):
-        rest = np.zeros(256)
-        np.add.at(rest, _BYTES[:, None] - odd * _BYTES[None, :], pairs)  # y2 - a·y1 = a·p + b
+        places = (_BYTES[:, None] - odd * _BYTES[None, :]).reshape(-1)  # y2 - a·y1 = a·p + b
+        rest = np.bincount(places, weights=pairs.reshape(-1), minlength=256)
         scores[row] = model[((_BYTES[None, :] - _BYTES[:, None]) * inverse).astype(np.uint8)] @ rest
     best = int(scores.argmax())
     if scores.max() / pairs.sum() < float(model.mean()) + 0.5:

@@ -271,7 +271,7 @@ class Wiretap:
     def _work(self) -> None:
         try:
             if self._namespace is not None:
-                _enter_network(self._namespace)
+                enter_network(self._namespace)
             listener = socket.create_server(self._listen, backlog=64)
         except OSError as error:
             self._start_error = error
@@ -362,7 +362,7 @@ class Wiretap:
 _CLONE_NEWNET = 0x40000000  # <linux/sched.h>; os.setns came with Python 3.12
 
 
-def _enter_network(namespace: Path) -> None:
+def enter_network(namespace: Path) -> None:
     """Moves the calling thread, and no other, into a network namespace: the sockets it makes then belong there."""
     libc = ctypes.CDLL(None, use_errno=True)
     descriptor = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from sealane.cli.output import Output
 from sealane.errors import make_error
 from sealane.lab.pcap import Conversation
+from sealane.testing.lab.attacks import ATTACKS, Outcome
 from sealane.testing.lab.guest import USERS
 from sealane.testing.lab.leak import CELLS, LeakTable, measure
 from sealane.testing.lab.stage import WAYS, Stage, make_stage, way_name
@@ -55,3 +56,21 @@ def tell_leak(out: Output, table: LeakTable) -> None:
     for told in table.breaking:
         out.line(f"{told.way}: {told.verdict}, in {told.seconds:.1f} s; {'; '.join(told.how)}")
     out.line(table.premise)
+
+
+def attack(out: Output, name: str, ways: Sequence[str]) -> list[Outcome]:
+    """One attack of ATTACKS on each way, on hosts of its own."""
+    found = []
+    with staged() as stage:
+        for way in ways:
+            found.append(ATTACKS[name](stage, way))
+            out.object({"type": name, **found[-1].as_dict()})
+            tell_attack(out, found[-1])
+    return found
+
+
+def tell_attack(out: Output, told: Outcome) -> None:
+    """One outcome in words."""
+    out.line(f"{'✗' if told.attacker_won else '✓'} {told.attack} against {way_name(told.way)}: {told.got}")
+    said = f"; {told.said}{f' [{told.code}]' if told.code else ''}" if told.said else ""
+    out.line(f"    the VM {told.vm}{said}")

@@ -18,7 +18,7 @@ from sealane.testing.problems import RigError
 READY: Final = "LAB READY"
 SENTENCE: Final = b"pay 100 to alice"
 NAME: Final = "root"
-HARDWARE: Final = Hardware(memory_mib=256, devices=("-device", "VGA"))
+HARDWARE: Final = Hardware(memory_mib=160, devices=("-device", "VGA"))
 # The places in the order of canaries.c's `enum place`; the last two are not canaries but parts of a document and of a key.
 PLACES: Final = (
     "heap",

@@ -1,14 +1,16 @@
 """Two simulated hosts, the guest with secrets, somebody on the wire, and every way to move the guest from one to the other."""
 
 import secrets as randomness
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from sealane.host.models import Migration
+from sealane.host.models import Migration, MigrationRequest
 from sealane.lab.pcap import Conversation, Flow, read_capture
 from sealane.lab.sight import Sight, look
 from sealane.seal.protect import PROTECTIONS, SEALED
@@ -24,11 +26,22 @@ from sealane.testing.wiretap import Address, Recorder, Tamper, Wiretap
 QEMU_WAYS: Final = ("plain", "tls")
 WAYS: Final = (*QEMU_WAYS, *PROTECTIONS)
 WAY_NAMES: Final = {"plain": "QEMU plain", "tls": "QEMU TLS"}
-PLAIN_PORT: Final = 48300
 VM: Final = "guest"
 _WAIT_S: Final = 90.0
 _SETTINGS: Final = f"allowed_protections = {list(PROTECTIONS)!r}\n"
 _PERMIT_ALL: Final = '@id("lab") permit (principal, action, resource);'
+
+
+def plain_port(host: SimulatedHost) -> int:
+    """Where a QEMU of that host waits for a migration: below the ports that connections get by chance."""
+    return 4444 if host.namespace is not None else _free_port(host.address)
+
+
+@cache
+def _free_port(address: str) -> int:
+    with socket.create_server((address, 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def way_name(way: str) -> str:
@@ -129,7 +142,7 @@ class Stage:
         self.takes += 1
         before = self.dump_memory(f"memory-{self.takes}.bin") if dump else None
         host = self.away.host
-        port = host.port if way in PROTECTIONS else PLAIN_PORT
+        port = host.port if way in PROTECTIONS else plain_port(host)
         started = time.monotonic()
         with overhear(host, port, name=f"take-{self.takes}", tampers=tampers) as heard:
             mover = self._move_by_qemu if way in QEMU_WAYS else self._move_by_sealane
@@ -140,6 +153,12 @@ class Stage:
             self.home, self.away = self.away, self.home
         return Take(way, not problem, seconds, heard.conversations, heard.path, problem, code, migration, before)
 
+    def move_overheard_by_nobody(self, way: str) -> Take:
+        """By Sealane to where the home's list of peers says, with no eavesdropper."""
+        started = time.monotonic()
+        problem, code, migration = self._move_by_sealane(way, None, {})
+        return Take(way, not problem, time.monotonic() - started, [], Path(), problem, code, migration)
+
     def wait_ticks(self, count: int = 2) -> None:
         """The guest counts on, where it lives now."""
         self.guest.wait_ticks(count, timeout_s=30.0)
@@ -147,16 +166,16 @@ class Stage:
     # the ways
 
     def _move_by_sealane(
-        self, way: str, heard: Overheard, options: dict[str, Any]
+        self, way: str, heard: Overheard | None, options: dict[str, Any]
     ) -> tuple[str, str, Migration | None]:
-        if heard.how == "relay":
+        if heard is not None and heard.how == "relay":
             self.home.trust(self.away, address=heard.address[0], port=heard.address[1])
         wanted = {"protection": way, "i_know_this_is_weak": way != SEALED, "multifd_channels": 0, **options}
         try:
             # `Guest.moved_to` is ours to call, so the pair's own wait is not taken
             last = self._follow(wanted)
         finally:
-            if heard.how == "relay":
+            if heard is not None and heard.how == "relay":
                 self.home.trust(self.away)
         if last.state == "completed":
             self.pair.await_end(self.away, last.id)
@@ -165,8 +184,6 @@ class Stage:
         return (problem.detail if problem else last.state) or last.state, problem.code if problem else "", last
 
     def _follow(self, wanted: dict[str, Any]) -> Migration:
-        from sealane.host.models import MigrationRequest  # noqa: PLC0415 - beside its one use
-
         with self.home.client() as client:
             request = MigrationRequest.model_validate({"vm": self.guest.name, "host": self.away.name, **wanted})
             last = client.start_migration(request)
@@ -177,9 +194,15 @@ class Stage:
     def _move_by_qemu(self, way: str, heard: Overheard, options: dict[str, Any]) -> tuple[str, str, None]:
         there, here = self.machine, self.guest.machines[self.away.name]
         here.start_incoming()
-        problem = send_by_qemu(there, here, heard.address, self.away.host, tls=way == "tls")
+        problem = "the attempt could not be made"
+        try:
+            problem = send_by_qemu(there, here, heard.address, self.away.host, tls=way == "tls")
+            if not problem and not _is_loaded(here):
+                problem = f"the destination's QEMU: {(here.directory / 'qemu.log').read_text().strip()[-300:]}"
+        finally:
+            if problem:
+                here.stop()
         if problem:
-            here.stop()
             return problem, "", None
         with there.observe() as monitor:
             monitor.execute("quit")
@@ -187,26 +210,54 @@ class Stage:
         return "", "", None
 
 
-def send_by_qemu(there: GuestMachine, here: GuestMachine, address: Address, host: SimulatedHost, *, tls: bool) -> str:
-    """QEMU's own migration, to a QEMU that waits with `-incoming defer`; gives what went wrong, or nothing."""
-    key = host.scratch / "psk"
-    key.mkdir(exist_ok=True, mode=0o700)
-    if not (key / "keys.psk").exists():
-        (key / "keys.psk").write_text(f"qemu:{randomness.token_hex(32)}\n")
+def send_by_qemu(
+    there: GuestMachine,
+    here: GuestMachine,
+    address: Address,
+    host: SimulatedHost,
+    *,
+    tls: bool,
+    other_key: bool = False,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> str:
+    """QEMU's own migration, to a QEMU that waits with `-incoming defer`; gives what went wrong, or nothing.
+
+    With `other_key` the one that waits does not have the sender's TLS key. `meanwhile` is called when it listens.
+    """
     with here.observe() as receiving, there.observe() as sending:
         for monitor, endpoint in ((receiving, "server"), (sending, "client")):
             monitor.allow_migration()
             name = f"psk{randomness.token_hex(4)}" if tls else ""
             if tls:
+                key = _psk(host, "psk-other" if other_key and endpoint == "server" else "psk")
                 monitor.execute("object-add", qom_type="tls-creds-psk", id=name, dir=str(key), endpoint=endpoint)
             monitor.execute("migrate-set-parameters", tls_creds=name, tls_hostname="")
-        receiving.execute("migrate-incoming", uri=f"tcp:{host.address}:{PLAIN_PORT}")
+        receiving.execute("migrate-incoming", uri=f"tcp:{host.address}:{plain_port(host)}")
+        meanwhile()
         sending.execute("migrate", uri=f"tcp:{address[0]}:{address[1]}")
         try:
             sending.wait_migrated(timeout_s=_WAIT_S)
         except RigError as error:
             return str(error)
     return ""
+
+
+def _psk(host: SimulatedHost, name: str) -> Path:
+    """A directory with a key for QEMU's TLS, made once."""
+    directory = host.scratch / name
+    directory.mkdir(exist_ok=True, mode=0o700)
+    path = directory / "keys.psk"
+    if not path.exists():
+        path.write_text(f"qemu:{randomness.token_hex(32)}\n")
+    return directory
+
+
+def _is_loaded(machine: GuestMachine) -> bool:
+    """Waits until the guest runs there: without a return path, a source is done when all is on its way."""
+    with suppress(RigError), machine.observe() as monitor:
+        _wait(lambda: bool(monitor.execute("query-status")["status"] == "running"), "the guest to run")
+        return True
+    return False
 
 
 def _answers(machine: GuestMachine) -> bool:
