@@ -75,12 +75,12 @@ def test_sealed_withstands(stage: Stage, table: LeakTable, attack: str) -> None:
     assert told.code in CODES[attack], told
 
 
+def test_many_false_sources_do_not_keep_the_true_one_out(stage: Stage, table: LeakTable) -> None:
+    told = ATTACKS["flood"](stage, "sealed")
+    assert (told.attacker_won, told.vm) == (False, "runs at the destination"), told
+
+
 def test_plain_does_not_withstand(stage: Stage, table: LeakTable) -> None:
     told = ATTACKS["tamper"](stage, "plain")
     assert told.attacker_won, told
     assert "pay 999 to mallo" in stage.guest.console.text
-
-
-def test_many_false_sources_do_not_keep_the_true_one_out(stage: Stage, table: LeakTable) -> None:
-    told = ATTACKS["flood"](stage, "sealed")
-    assert (told.attacker_won, told.vm) == (False, "runs at the destination"), told

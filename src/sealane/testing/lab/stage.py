@@ -29,6 +29,8 @@ WAY_NAMES: Final = {"plain": "QEMU plain", "tls": "QEMU TLS"}
 VM: Final = "guest"
 _WAIT_S: Final = 90.0
 _SETTINGS: Final = f"allowed_protections = {list(PROTECTIONS)!r}\n"
+_STATES: Final = {"return-path": True, "multifd": False, "pause-before-switchover": False}
+_CAPABILITIES: Final = [{"capability": name, "state": state} for name, state in _STATES.items()]
 _PERMIT_ALL: Final = '@id("lab") permit (principal, action, resource);'
 
 
@@ -227,6 +229,8 @@ def send_by_qemu(
     with here.observe() as receiving, there.observe() as sending:
         for monitor, endpoint in ((receiving, "server"), (sending, "client")):
             monitor.allow_migration()
+            # an agent may have asked for something else before
+            monitor.execute("migrate-set-capabilities", capabilities=_CAPABILITIES)
             name = f"psk{randomness.token_hex(4)}" if tls else ""
             if tls:
                 key = _psk(host, "psk-other" if other_key and endpoint == "server" else "psk")
