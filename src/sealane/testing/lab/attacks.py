@@ -14,7 +14,7 @@ from sealane.lab.tampers import OldVersions, Replace
 from sealane.testing.console import ConsoleLog
 from sealane.testing.hosts import SimulatedHost
 from sealane.testing.lab.guest import SENTENCE
-from sealane.testing.lab.stage import QEMU_WAYS, Stage, Take, plain_port, send_by_qemu, way_name
+from sealane.testing.lab.stage import QEMU_WAYS, Stage, Take, plain_port, send_by_qemu, wake, way_name
 from sealane.testing.machine import GuestMachine
 from sealane.testing.problems import RigError
 from sealane.testing.wiretap import Tamper, cut_after, enter_network, flip_bit
@@ -226,8 +226,7 @@ def _redirect_qemu(stage: Stage, way: str) -> Outcome:
         problem = send_by_qemu(there, thief, (host.address, plain_port(host)), host, tls=way == "tls", other_key=True)
         ticks = _ticks_within(thief, 5.0) if not problem else 0
     if not problem:
-        with there.observe() as monitor:
-            monitor.execute("cont")
+        wake(there)
     stage.wait_ticks()
     if ticks:
         return Outcome(
@@ -268,8 +267,7 @@ def _flood_qemu(stage: Stage, way: str) -> Outcome:
         stage.machine, here, (host.address, plain_port(host)), host, tls=way == "tls", meanwhile=before_the_source
     )
     if not problem:
-        with stage.machine.observe() as monitor:
-            monitor.execute("cont")
+        wake(stage.machine)
     here.stop()
     stage.wait_ticks()
     got = (

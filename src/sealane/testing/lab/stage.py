@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from sealane.errors import SealaneError
 from sealane.host.models import Migration, MigrationRequest
 from sealane.lab.pcap import Conversation, Flow, read_capture
 from sealane.lab.sight import Sight, look
@@ -182,6 +183,8 @@ class Stage:
         if last.state == "completed":
             self.pair.await_end(self.away, last.id)
             return "", "", last
+        with suppress(SealaneError):  # it may never have heard of it
+            self.pair.await_end(self.away, last.id)
         problem = last.problem
         return (problem.detail if problem else last.state) or last.state, problem.code if problem else "", last
 
@@ -254,6 +257,18 @@ def _psk(host: SimulatedHost, name: str) -> Path:
     if not path.exists():
         path.write_text(f"qemu:{randomness.token_hex(32)}\n")
     return directory
+
+
+def wake(machine: GuestMachine) -> None:
+    """Lets a source run again whose guest has left; QEMU says no until it has put the migration away."""
+
+    def woken() -> bool:
+        with suppress(RigError), machine.observe() as monitor:
+            monitor.execute("cont")
+            return True
+        return False
+
+    _wait(woken, "the source to run again")
 
 
 def _is_loaded(machine: GuestMachine) -> bool:
