@@ -45,7 +45,7 @@ def test_open_pages_of_marked_records() -> None:
     marks = [9, 1 << 30 | 5000, 2 << 30 | 10000]
     lane = read_lane(
         record(1, 0, [], b"", 0)
-        + record(2, 3, marks, clear + coded, 4096 + 77)
+        + record(2, 2, marks, clear + coded, 4096 + 77)
         + record(2, 0, [], b"", 500)
         + record(3, 0, [], b"", 0)
     )
@@ -54,10 +54,25 @@ def test_open_pages_of_marked_records() -> None:
     assert np.array_equal(lane.coded[0], np.full((1, 4096), 2))
 
 
+def test_open_pages_that_were_compressed() -> None:
+    """One frame goes on from record to record; a piece of it says how much it opens to."""
+    frame = zstandard.ZstdCompressor().compressobj()
+    records = b""
+    for number in range(3):
+        page = bytes([number, 255 - number]) * 2048
+        packed = frame.compress(page) + frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+        body = struct.pack(">BI", 0 if number else 0x80, 4096) + packed
+        records += record(2, 3, [1 << 30 | 9], struct.pack(">I", len(body)) + body, 100)
+    lane = read_lane(records)
+    assert (lane.records, lane.sealed_bytes, lane.why_not) == (3, 300, "")
+    assert [bytes(pages[0, :2]) for pages in lane.coded] == [bytes([n, 255 - n]) for n in range(3)]
+    assert not any(len(pages) for pages in lane.clear)
+
+
 @given(st.binary(max_size=300), st.lists(st.integers(0, (1 << 32) - 1), max_size=5), st.integers(0, 9000))
 def test_any_bytes_are_read_without_an_error(noise: bytes, marks: list[int], sealed: int) -> None:
     read_lane(noise)
-    lane = read_lane(record(2, 3, marks, noise, sealed) + noise)
+    lane = read_lane(record(2, 2, marks, noise, sealed) + noise)
     assert lane.records <= 1 + len(noise) // 40
     preface = b"sealane\x02\x02" + bytes(23)
     look(of(noise, b"QEVM" + noise, b"\x11\x22\x33\x44" + noise, preface + noise))

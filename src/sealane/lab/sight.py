@@ -7,14 +7,16 @@ marked records. Keys, tags and ciphertext mean nothing here.
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
+import zstandard
 from numpy.typing import NDArray
 
 from sealane.errors import WireError
 from sealane.lab.pcap import Conversation
 from sealane.wire import MultifdReader, RamRebuild, StreamReader, iterate_events
+from sealane.wire.core import Buffer
 from sealane.wire.events import Event
 from sealane.wire.order import in_order
 
@@ -25,7 +27,11 @@ _LANE: Final = 2
 _RECORD: Final = struct.Struct(">BBHIQ8s")
 _TAG_BYTES: Final = 16
 _RECORD_MAX: Final = 1 << 19
-_MARKED: Final = 3
+_MARKED, _MARKED_ZSTD = 2, 3
+_PACKED: Final = struct.Struct(">BI")  # the number of the zstd frame, and how much the piece opens to
+_BEGINS: Final = 0x80
+_WINDOW_MAX: Final = 1 << 22
+_SLICE: Final = 1024  # compressed bytes that are opened at once: a bound on what they can become
 _CLEAR, _CODED = 0, 1
 _KINDS: Final = {1: "Sealane channel (TLS)", 2: "Sealane lane", 3: "Sealane pairing"}
 _FEED_BYTES: Final = 1 << 20
@@ -103,6 +109,7 @@ def look(conversations: Sequence[Conversation]) -> Sight:
 def read_lane(data: bytes | memoryview) -> Lane:
     """Whatever the records of one direction of a lane leave open. Never raises: `why_not` says where reading ended."""
     view, lane, at = memoryview(data), Lane(), 0
+    frames: dict[int, Any] = {}
     while at + _RECORD.size <= len(view):
         kind, coding, marks, length, _, _ = _RECORD.unpack_from(view, at)
         if not 1 <= kind <= 3 or length > _RECORD_MAX or marks * 4 > length:
@@ -113,25 +120,61 @@ def read_lane(data: bytes | memoryview) -> Lane:
             break
         at += _RECORD.size + length + _TAG_BYTES
         lane.records += 1
-        lane.sealed_bytes += length - _take_open(body, marks if coding == _MARKED else 0, lane)
+        if coding in (_MARKED, _MARKED_ZSTD) and marks:
+            opened = _open_part(body, marks, coding, frames)
+            if opened is None:
+                lane.why_not = "an open part cannot be read"
+                return lane
+            lane.sealed_bytes += length - opened[0]
+            _take_pages(opened[1], body[: 4 * marks], lane)
+        else:
+            lane.sealed_bytes += length
     if at < len(view):
         lane.why_not = "the last record is cut"
     return lane
 
 
-def _take_open(body: memoryview, marks: int, lane: Lane) -> int:
-    """Takes the open pages of a record; gives how many bytes of it are open."""
-    if not marks:
-        return 0
-    treatments = np.frombuffer(body[: 4 * marks], ">u4") >> 30
-    counts = [int(np.count_nonzero(treatments == treatment)) for treatment in (_CLEAR, _CODED)]
-    begin, end = 4 * marks, 4 * marks + sum(counts) * PAGE_BYTES
-    if end > len(body):
-        return 0
-    pages = np.frombuffer(body[begin:end], np.uint8).reshape(-1, PAGE_BYTES)
-    lane.clear.append(pages[: counts[0]])
-    lane.coded.append(pages[counts[0] :])
-    return end
+def _open_part(body: memoryview, marks: int, coding: int, frames: dict[int, Any]) -> tuple[int, Buffer] | None:
+    """How many bytes of a marked record are open, and the pages in it; None where it is not as it should be."""
+    begin = 4 * marks
+    treatments = np.frombuffer(body[:begin], ">u4") >> 30
+    wanted = PAGE_BYTES * int(np.count_nonzero(treatments <= _CODED))
+    if coding == _MARKED:
+        return (begin + wanted, body[begin : begin + wanted]) if begin + wanted <= len(body) else None
+    if begin + 4 > len(body):
+        return None
+    length = int.from_bytes(body[begin : begin + 4], "big")
+    packed = body[begin + 4 : begin + 4 + length]
+    if len(packed) < length or (wanted and length < _PACKED.size):
+        return None
+    pages = _unpack(packed, wanted, frames) if wanted else b""
+    return None if pages is None else (begin + 4 + length, pages)
+
+
+def _unpack(packed: memoryview, wanted: int, frames: dict[int, Any]) -> bytes | None:
+    number, size = _PACKED.unpack_from(packed)
+    if number & _BEGINS:
+        frames[number & ~_BEGINS] = zstandard.ZstdDecompressor(max_window_size=_WINDOW_MAX).decompressobj()
+    frame = frames.get(number & ~_BEGINS)
+    if frame is None or size != wanted:
+        return None
+    pages = bytearray()
+    try:
+        for at in range(_PACKED.size, len(packed), _SLICE):
+            pages += frame.decompress(packed[at : at + _SLICE])
+            if len(pages) > wanted:
+                return None
+    except zstandard.ZstdError:
+        return None
+    return bytes(pages) if len(pages) == wanted else None
+
+
+def _take_pages(opened: Buffer, marks: memoryview, lane: Lane) -> None:
+    """Tells the open pages apart: first those in clear, then the encoded ones."""
+    pages = np.frombuffer(opened, np.uint8).reshape(-1, PAGE_BYTES)
+    clear = int(np.count_nonzero(np.frombuffer(marks, ">u4") >> 30 == _CLEAR))
+    lane.clear.append(pages[:clear])
+    lane.coded.append(pages[clear:])
 
 
 def _rebuild(flows: Sequence[bytes]) -> tuple[dict[str, Pages], str]:
