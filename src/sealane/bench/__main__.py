@@ -12,6 +12,8 @@ BENCHES: Final = {
     "migrate": "one guest moved by QEMU plain, QEMU TLS and Sealane, single-stream and multifd",
     "vtpm": "a VM's own TPM: image, the four operations, whole moves; no protection, swtpm's, Sealane's",
     "pages": "page classes of a guest from outside: recall, precision, ms a GiB, and what it does to a busy lane",
+    "paper-kvm": "the first paper's figures 11 to 16 and table 1: sizes, loads, ways",
+    "paper-sgx": "the second paper's table 2, and what an enclave adds to the vTPM's calls (figures 11 to 13)",
     "wire": "reading QEMU's stream, GB/s of one core",
 }
 
@@ -23,7 +25,7 @@ def main() -> int:
         for name, what in BENCHES.items():
             print(f"  {name:10} {what}")
         return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2
-    status: int = importlib.import_module(f"sealane.bench.{sys.argv[1]}").main(sys.argv[2:])
+    status: int = importlib.import_module(f"sealane.bench.{sys.argv[1].replace('-', '_')}").main(sys.argv[2:])
     return status
 
 
