@@ -7,6 +7,7 @@ one machine share its cores. Nothing fails for a figure.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 from collections.abc import Sequence
@@ -25,13 +26,14 @@ _TIMEOUT_S: Final = 600.0
 
 @dataclass
 class Run:
-    """One evacuation: seconds of the command, of the VMs' own migrations in sum, and the share of the cores that were busy."""
+    """One evacuation: seconds of the command, of the VMs' own migrations in sum, and what the machine's cores did meanwhile."""
 
     parallel: int
     took_s: float
     migrations_s: float
     downtime_ms: float
     busy: float
+    core_s: float
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         "vms": options.vms,
         "memory_mib": options.memory,
         "fill_mib": options.fill,
+        "rate_mb_per_s": options.rate,
         "cpus": cpu_model(),
         "summary": summarise(runs),
         "runs": [asdict(run) for run in runs],
@@ -61,6 +64,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="how often each way is taken (default 3)")
     parser.add_argument("--memory", type=int, default=128, metavar="MIB", help="a guest's memory (default 128)")
     parser.add_argument("--fill", type=int, default=32, metavar="MIB", help="random data in it (default 32)")
+    parser.add_argument(
+        "--rate", type=int, default=0, metavar="MB/S", help="each migration's bound, as hosts set one (default none)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all runs and the summary")
     return parser.parse_args(arguments)
 
@@ -68,6 +74,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _measure(options: argparse.Namespace) -> list[Run]:
     settings = f"[limits]\noutgoing_max = {options.parallel}\noutgoing_per_peer_max = {options.parallel}\n"
     settings += f"migrations_per_peer_max = {max(8, options.parallel)}\n"
+    settings += f"rate_max_bytes_per_s = {options.rate * 1_000_000}\n"
     runs: list[Run] = []
     with make_pair(settings=settings) as pair:
         guests = [_guest(pair, number, options) for number in range(1, options.vms + 1)]
@@ -114,6 +121,7 @@ def _evacuate(source: AgentHost, destination: AgentHost, parallel: int) -> Run:
         migrations_s=sum(vm["total_ms"] for vm in told["vms"]) / 1e3,
         downtime_ms=statistics.median(vm["downtime_ms"] for vm in told["vms"]),
         busy=1.0 - (idle - idle_before) / max(1, everything - all_before),
+        core_s=(everything - all_before - idle + idle_before) / os.sysconf("SC_CLK_TCK"),
     )
 
 
@@ -137,13 +145,13 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
     return {"medians": medians, "ratio": ratio, "goal": GOAL, "met": ratio >= GOAL}
 
 
-_FIGURES: Final = ("took_s", "migrations_s", "downtime_ms", "busy")
+_FIGURES: Final = ("took_s", "migrations_s", "downtime_ms", "busy", "core_s")
 
 
 def _words(run: Run) -> str:
     return (
         f"{run.parallel} at once: {run.took_s:6.2f} s   migrations in sum {run.migrations_s:6.2f} s   "
-        f"down {run.downtime_ms:4.0f} ms   cores {run.busy:4.0%} busy"
+        f"down {run.downtime_ms:4.0f} ms   cores {run.busy:4.0%} busy, {run.core_s:5.1f} core-s"
     )
 
 
