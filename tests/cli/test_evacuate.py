@@ -251,14 +251,21 @@ def departures() -> list[Departure]:
 
 def test_the_view_has_all_and_fits_the_terminal() -> None:
     console = Console(width=100, height=30, record=True, force_terminal=False)
-    console.print(table_of(departures(), height=30))
+    console.print(table_of(departures(), width=100, height=30))
     text = console.export_text()
     assert [line.split()[0] for line in text.splitlines()] == ["going", "waits", "denied", "done", "1"]
     assert "\x1b" not in text
+    long = [*departures(), Departure(a_vm("long"), "host-b", error=make_error("policy.denied", "words " * 40))]
+    console = Console(width=100, height=30, record=True)
+    console.print(table_of(long, width=100, height=30))
+    text = console.export_text()
+    assert "→ host-b  copying" in text
+    assert "…" in text
+    assert all(len(line) <= 100 for line in text.splitlines())
     assert totals(departures()).startswith("1 of 4 arrived · 1 move · 1 wait · 1 stay here")
     many = [Departure(a_vm(f"vm{number:03}"), "host-b") for number in range(300)]
     console = Console(width=100, height=30, record=True)
-    console.print(table_of(many, height=30))
+    console.print(table_of(many, width=100, height=30))
     assert len(console.export_text().splitlines()) <= 30
     live = LiveScreen(Output(Settings()), console=Console(quiet=True))
     live.show(many)

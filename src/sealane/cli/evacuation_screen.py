@@ -23,6 +23,7 @@ _BAR_WIDTH: Final = 20
 _REFRESH_PER_S: Final = 8
 # Lines of a terminal that the table leaves free: its head, the totals, and what was said before.
 _LINES_FREE: Final = 5
+_WORDS_MIN: Final = 10
 # Those that move come first, what is settled last; a terminal shows as many as it has lines.
 _ORDER: Final = {"switching-over": 0, "handing-over": 0, "copying": 1, "preparing": 2, "queued": 3}
 
@@ -85,7 +86,7 @@ class LiveScreen(Screen):
         if self._live is None:
             self._live = Live(console=self._console, refresh_per_second=_REFRESH_PER_S, transient=False)
             self._live.start()
-        self._live.update(table_of(departures, height=self._console.height))
+        self._live.update(table_of(departures, width=self._console.width, height=self._console.height))
 
     def say(self, text: str) -> None:
         """One line, above the table while it is drawn."""
@@ -149,17 +150,23 @@ def totals(departures: Sequence["Departure"]) -> str:
     return " · ".join([*parts, *([words.rate(rate)] if rate else [])])
 
 
-def table_of(departures: Sequence["Departure"], *, height: int) -> Group:
-    """All VMs, as many as there are lines for, and the totals."""
+def table_of(departures: Sequence["Departure"], *, width: int, height: int) -> Group:
+    """All VMs, as many as there are lines for, and the totals; what says most is cut last."""
     ordered = sorted(departures, key=_rank)
     room = max(3, height - _LINES_FREE)
+    rows = [_row(departure) for departure in ordered[:room]]
+    columns = [
+        max(map(len, cells), default=0) for cells in ([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows])
+    ]
+    for_words = max(_WORDS_MIN, width - sum(columns) - _BAR_WIDTH - 8)
     table = Table.grid(padding=(0, 2))
-    for _ in range(3):
-        table.add_column(no_wrap=True)
+    for column in columns:
+        table.add_column(no_wrap=True, min_width=column)
     table.add_column(width=_BAR_WIDTH)
-    table.add_column(no_wrap=True, overflow="ellipsis")
-    for departure in ordered[:room]:
-        table.add_row(*_row(departure))
+    table.add_column(no_wrap=True)
+    for name, host, state, bar, figures in rows:
+        cut = figures if len(figures) <= for_words else f"{figures[: for_words - 1]}…"
+        table.add_row(Text(name), Text(host), Text(state), bar, Text(cut))
     hidden = [Text(f"and {len(ordered) - room} more")] if len(ordered) > room else []
     return Group(table, *hidden, Text(totals(departures)))
 
@@ -171,7 +178,7 @@ def _rank(departure: "Departure") -> tuple[int, int, str]:
     return (_ORDER.get(migration.state, 3), migration.queue.place if migration.queue else 0, departure.vm.name)
 
 
-def _row(departure: "Departure") -> tuple[Text, Text, Text, Text | ProgressBar, Text]:
+def _row(departure: "Departure") -> tuple[str, str, str, Text | ProgressBar, str]:
     migration = departure.migration
     bar: Text | ProgressBar = Text("")
     figures = departure.why
@@ -185,10 +192,4 @@ def _row(departure: "Departure") -> tuple[Text, Text, Text, Text | ProgressBar, 
             bar = ProgressBar(total=100, completed=done or 0, width=_BAR_WIDTH, pulse=done is None)
             known = progress_figures(migration)
             figures = "   ".join(known[name] for name in ("share", "rate", "left") if name in known)
-    return (
-        Text(departure.vm.name),
-        Text(f"→ {departure.host}" if departure.host else ""),
-        Text(state),
-        bar,
-        Text(harmless(figures)),
-    )
+    return (departure.vm.name, f"→ {departure.host}" if departure.host else "", state, bar, harmless(figures))
