@@ -1,13 +1,16 @@
 """A guest that writes faster than the line arrives by postcopy, through cuts too, with its memory as it was."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 
+from sealane.cli.client import AgentGone
 from sealane.host.models import Migration
 from sealane.testing.machine import Workload
 from sealane.testing.wiretap import Direction
 from tests.e2e.rig import MIB, Attempt, Rig, make_rig
+from tests.e2e.test_crashes import kill_agent
 
 pytestmark = pytest.mark.e2e
 
@@ -58,32 +61,65 @@ def test_arrives_though_it_writes_faster_than_the_line(busy: Rig) -> None:
     busy.assert_arrived(attempt)
 
 
+def meanwhile(rig: Rig, what: Callable[[Migration], object], **options: object) -> list[Migration]:
+    """As `followed`; `what` is done at each word, and may end the agent that tells."""
+    begun = rig.begin(**options)
+    told = []
+    with rig.home.client() as client, suppress(AgentGone):
+        for event in client.events(begun.id):
+            told.append(event.migration)
+            what(event.migration)
+    return told
+
+
+def is_half_way(migration: Migration) -> bool:
+    return migration.state == "postcopy" and migration.progress.postcopy_requests is not None
+
+
 def test_a_cut_half_way_is_joined_again(busy: Rig) -> None:
     with busy.wiretap([untouched]) as wire:
         assert wire is not None
-        begun = busy.begin(**SLOWER)
-        told, cuts = [], 0
-        with busy.home.client() as client:
-            for event in client.events(begun.id):
-                told.append(event.migration)
-                state, progress = event.migration.state, event.migration.progress
-                print(
-                    state,
-                    event.migration.detail,
-                    progress.postcopy_requests,
-                    progress.bytes_wire,
-                    progress.bytes_remaining,
-                )
-                if not cuts and state == "postcopy" and progress.postcopy_requests is not None:
-                    cuts += 1
-                    wire.cut()
-                elif state == "postcopy-paused":
-                    wire.mend()
-        last = told[-1]
+        cuts: list[int] = []
+
+        def cut_once(migration: Migration) -> None:
+            if is_half_way(migration) and not cuts:
+                cuts.append(migration.progress.bytes_wire)
+                wire.cut()
+            elif migration.state == "postcopy-paused":
+                wire.mend()
+
+        told = meanwhile(busy, cut_once, **SLOWER)
+    last = told[-1]
     assert cuts
     assert "postcopy-paused" in [each.state for each in told]
     assert last.state == "completed", last.problem
     assert last.problem is None
+    assert last.result is not None
+    assert last.result.bytes_wire > cuts[0]
     attempt = Attempt(last, busy.seen_by(busy.away, last.id))
+    busy.arrive()
+    busy.assert_arrived(attempt)
+
+
+def test_agents_that_are_killed_half_way_join_the_halves_when_they_are_there_again(busy: Rig) -> None:
+    killed: list[str] = []
+
+    def kill_both(migration: Migration) -> None:
+        if is_half_way(migration) and not killed:
+            killed.append(migration.id)
+            for end in (busy.home, busy.away):
+                kill_agent(end)
+
+    told = meanwhile(busy, kill_both, **SLOWER)
+    assert killed
+    assert told[-1].state == "postcopy"
+    for end in (busy.away, busy.home):
+        end.start_agent()
+    with busy.home.client() as client:
+        again = [event.migration for event in client.events(killed[0])]
+    last = busy.pair.await_end(busy.home, killed[0])
+    assert last.state == "completed", (last, [each.detail for each in again])
+    attempt = Attempt(last, busy.seen_by(busy.away, last.id))
+    busy.note_descriptors()
     busy.arrive()
     busy.assert_arrived(attempt)

@@ -38,6 +38,7 @@ from sealane.host.migration.asking import ask_peer
 from sealane.host.migration.dialling import remove_socket_directories
 from sealane.host.migration.domain_source import DomainSource
 from sealane.host.migration.enclave_launcher import EnclaveLauncher
+from sealane.host.migration.rejoining import RejoiningSource
 from sealane.host.migration.source import SourceMigration
 from sealane.host.models import (
     Host,
@@ -294,7 +295,11 @@ class Agent:
         try:
             async with AsyncExitStack() as stack:
                 recovery = Recovery(
-                    self.store, self.jobs, self._find_qmp, qmp_timeout_s=self.settings.limits.qmp_timeout_s
+                    self.store,
+                    self.jobs,
+                    self._find_qmp,
+                    qmp_timeout_s=self.settings.limits.qmp_timeout_s,
+                    rejoin=lambda migration: self.jobs.take_up(migration.id, lambda held: RejoiningSource(self, held)),
                 )
                 self._doubts = Doubts(
                     self.jobs,

@@ -164,6 +164,8 @@ class Job(ABC):
             detail = "the VM is this host's; it is resumed as soon as that is possible"
             return self.leave(problem=problem_of(error), detail=detail)
         state = state_after_failure(self._migration)
+        if state in IN_POSTCOPY:
+            return self.leave(state=state.value, problem=problem_of(error))
         runs_at = runs_at_after(self._migration.role, state)
         return self.end(state=state.value, runs_at=runs_at, problem=problem_of(error))
 
@@ -522,6 +524,23 @@ class Jobs:
             known = self._store.find(migration.id)
             entries.append(replace(known[0], migration=migration) if known else JournalEntry(migration))
         return entries
+
+    def take_up(self, migration_id: str, make_job: Callable[[Migration], Job]) -> Job:
+        """Let a job go on with what no job runs; raises `vm.busy` before recovery has looked at it, `migration.unknown`."""
+        if self._stopping:
+            raise make_error("agent.stopping")
+        migration = self._left_over.get(migration_id)
+        if migration is None:
+            raise make_error("migration.unknown", "no migration of that id waits here")
+        if migration_id in self._awaiting_recovery:
+            raise make_error("vm.busy", "recovery has not looked at it yet")
+        job = make_job(migration)
+        job.issue, job.observer = self._issue, self._observer
+        del self._left_over[migration_id]
+        self._live[migration_id] = job
+        job.task = asyncio.create_task(job.supervise(), name=f"migration {migration.number}, taken up")
+        job.task.add_done_callback(lambda _task: self._forget(job))
+        return job
 
     def looked_at(self, migration_id: str) -> None:
         """Recovery has tried once; whoever follows the migration is told how it stands."""

@@ -9,7 +9,7 @@ A previous agent left them, or a job of this one that could not do its last step
     source       handing-over, in-doubt                  the VM stays paused: in-doubt; one that runs was refused: aborted
     source       completed, but not ended                the receipt came: end the copy that QEMU says it sent away
                  (`doubts` journals `aborted` and `completed` so, when it is known how a doubt ends)
-    source       postcopy, postcopy-paused               nothing: QEMU keeps its half of the VM's memory, and the VM is held
+    source       postcopy, postcopy-paused               join the halves again (`rejoin`); QEMU keeps its own meanwhile
     destination  preparing, copying, switching-over      destroy the launched QEMU, aborted; but where a ticket to switch to
                                                          postcopy is held and QEMU has switched: as postcopy
     destination  postcopy, postcopy-paused               let the VM run on its half, until the source joins the other one
@@ -52,22 +52,31 @@ class Recovery:
     """Settles what a previous agent left; `find_qmp` gives a VM's socket where the journal does not."""
 
     def __init__(
-        self, store: Store, jobs: Jobs, find_qmp: Callable[[str], str | None], *, qmp_timeout_s: float = QMP_TIMEOUT_S
+        self,
+        store: Store,
+        jobs: Jobs,
+        find_qmp: Callable[[str], str | None],
+        *,
+        qmp_timeout_s: float = QMP_TIMEOUT_S,
+        rejoin: Callable[[Migration], object] = lambda migration: None,
     ) -> None:
+        """`rejoin` is given a source's postcopy that an earlier agent left, to go on with it."""
+        self._rejoin = rejoin
         self._store, self._jobs = store, jobs
         self._find_qmp = find_qmp
         self._qmp_timeout_s = qmp_timeout_s
         self._settled: set[str] = set()
         self._locks: dict[str, asyncio.Lock] = {}
+        self._inherited = {entry.migration.id for entry in store.unfinished()}
         for entry in store.unfinished():
             jobs.adopt(entry)
 
     def _open(self) -> list[JournalEntry]:
-        """All but what is in doubt and was looked at: of that only the peer or a person knows more."""
+        """All but what is in doubt, or in two halves, and was looked at: of that only the peer or a person knows more."""
         return [entry for entry in self._jobs.left_over() if not self._is_settled(entry.migration)]
 
     def _is_settled(self, migration: Migration) -> bool:
-        return migration.state == "in-doubt" and migration.id in self._settled
+        return migration.state in {"in-doubt", *IN_POSTCOPY} and migration.id in self._settled
 
     def lock(self, migration_id: str) -> asyncio.Lock:
         """Held by whoever changes where this migration stands."""
@@ -107,6 +116,8 @@ class Recovery:
             self._jobs.looked_at(entry.migration.id)
         if migration.state not in ENDED:
             self._settled.add(migration.id)
+        if migration.role == "source" and migration.state in IN_POSTCOPY and migration.id in self._inherited:
+            self._begin_again(migration, log)
         log.info("recovered", state=migration.state, runs_at=migration.runs_at, detail=migration.detail)
         return migration
 
@@ -134,6 +145,14 @@ class Recovery:
                 raise
             return _aborted(entry, "nowhere", "its QEMU is gone")
         return _aborted(entry, "source", f"the VM is {run_state}")
+
+    def _begin_again(self, migration: Migration, log: Any) -> None:
+        """Once for each agent: what a job of this one could not join waits for the next agent, or a person."""
+        self._inherited.discard(migration.id)
+        try:
+            self._rejoin(migration)
+        except SealaneError as error:
+            log.warning("nobody joins the halves again", code=error.code, detail=error.detail)
 
     async def _keep_half(self, entry: JournalEntry) -> Migration:
         """Ended or run again, the VM would be lost, or there twice: what runs at the destination lacks what is here."""

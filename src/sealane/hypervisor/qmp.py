@@ -400,6 +400,10 @@ class QmpMachine:
         await self.stop()
         await self.execute("migrate-start-postcopy")
 
+    async def postcopy_channels(self) -> int:
+        """How many channels a postcopy of this QEMU has, as it was configured."""
+        return 2 if (await self._capabilities()).get("postcopy-preempt") else 1
+
     async def pause_postcopy(self) -> None:
         """Break the channels, where QEMU has not seen yet that they are broken, and wait for "postcopy-paused"."""
         with contextlib.suppress(TimeoutError):

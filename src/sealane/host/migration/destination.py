@@ -155,12 +155,32 @@ class Reception:
             raise
 
     def _rejoined(self, enclave: EnclaveProcess, met: PeerEstablished, wish: messages.Rejoin) -> Job:
-        """The live job whose postcopy was cut, and which this peer began; raises `migration.unknown` where there is none."""
+        """The job whose postcopy was cut, and which this peer began; raises `migration.unknown` where there is none."""
         job = self._context.jobs.job(self._id)
-        if not isinstance(job, DestinationMigration) or (wish.vm, wish.epoch) != (met.vm, met.epoch):
-            raise make_error("migration.unknown", "no postcopy of that VM waits here")
-        job.rejoin(met, wish, Half(enclave, self.expect_lanes))
-        return job
+        if (wish.vm, wish.epoch) == (met.vm, met.epoch):
+            if isinstance(job, DestinationMigration):
+                job.rejoin(met, wish, Half(enclave, self.expect_lanes))
+                return job
+            known = next((each.migration for each in self._context.store.find(self._id)), None)
+            if job is None and known is not None and is_half_of(known, met, wish):
+                return self._taken_up(enclave, met, known)
+        raise make_error("migration.unknown", "no postcopy of that VM waits here")
+
+    def _taken_up(self, enclave: EnclaveProcess, met: PeerEstablished, known: Migration) -> Job:
+        """An earlier agent's postcopy: go on with it, or say how it ended."""
+        if known.state in IN_POSTCOPY:
+            from sealane.host.migration.rejoining import taking_up  # noqa: PLC0415 - it builds on this module
+
+            return self._context.jobs.take_up(known.id, taking_up(self._context, self, enclave, met))
+        assert known.epoch is not None  # noqa: S101 - is_half_of compared it
+        answer = (
+            messages.Arrived(epoch=known.epoch, digest=None)
+            if known.state == "completed"
+            else messages.TicketRefused(code="handover.refused", detail="QEMU did not come through the switch")
+        )
+        enclave.call(SendMessage(answer.model_dump_json()))
+        enclave.finish()
+        raise make_error("migration.over", f"the source was told: {answer.kind}")
 
     def _note_unproven(self, error: SealaneError) -> None:
         """Evidence was refused, at either end: only a peer whose certificate is trusted comes so far. It leaves a receipt."""
@@ -263,6 +283,18 @@ def make_destination(prepare: messages.Prepare) -> type["DestinationMigration"]:
     from sealane.host.migration.domain_destination import DomainDestination  # noqa: PLC0415 - which is built on this
 
     return DomainDestination
+
+
+def is_half_of(known: Migration, met: PeerEstablished, wish: messages.Rejoin) -> bool:
+    """Whether this peer may ask for this migration's postcopy: the one that began it, the same VM and epoch.
+
+    Of one that ended, only where it is certain what became of the VM.
+    """
+    if (known.role, known.peer_fingerprint) != ("destination", met.peer_fingerprint):
+        return False
+    is_certain = known.state in IN_POSTCOPY or known.ended_at is not None
+    is_lost = known.state == "completed" and known.runs_at != "destination"
+    return (known.vm, known.epoch) == (wish.vm, wish.epoch) and is_certain and not is_lost
 
 
 async def _turn_away(enclave: EnclaveProcess, error: BaseException) -> None:
@@ -438,9 +470,9 @@ class DestinationMigration(Job):
         await arrival.take(ticket, self._prepare.epoch + 1)
         await self._see_in(arrival)
 
-    async def _see_in(self, arrival: Arrival) -> None:
+    async def _see_in(self, arrival: Arrival, *, parted: bool = False) -> None:
         try:
-            await arrival.see_through()
+            await arrival.see_through(parted=parted)
         finally:
             self._enclave = arrival.enclave
         arrival.say_arrived()

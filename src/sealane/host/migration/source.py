@@ -108,6 +108,7 @@ class SourceMigration(Job):
         self._convergence = Convergence(None if request.on_stall == "wait" else request.give_up_after_s)
         self._monitoring = GuestMonitoring(migration.protection, self.log)
         self._by_postcopy = False
+        self._wire_bytes_before = 0
 
     async def run(self) -> None:
         """Carry the migration out; ends in completed, aborted or in-doubt whatever happens."""
@@ -185,6 +186,7 @@ class SourceMigration(Job):
 
     async def _meet(self, qemu: QmpMachine) -> EnclaveProcess:
         self.update(detail=f"meeting {self._peer.name}")
+        self._wire_bytes_before = self._wire_bytes()
         # first: the peer waits but seconds for a preface
         self._enclave = enclave = await self._context.launcher.start_enclave()
         connection = await self._dial(is_channel=True)
@@ -588,7 +590,8 @@ class SourceMigration(Job):
         return await self._enclave.wait(awaitable, None, "enclave.slow", "")
 
     def _wire_bytes(self) -> int:
-        return self._enclave.counters.wire_bytes if self._enclave is not None else 0
+        """Over all lanes, those that a cut ended included."""
+        return self._wire_bytes_before + (self._enclave.counters.wire_bytes if self._enclave is not None else 0)
 
     def _moment_of(self, name: str) -> float:
         """When QEMU said that this event happened, on our monotonic clock; now, where it did not say."""

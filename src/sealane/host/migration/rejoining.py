@@ -1,0 +1,77 @@
+"""A postcopy that an earlier agent of this host left half-way: the jobs that go on with it.
+
+Both QEMUs live on without their agents and keep their halves. The source dials again as after any cut; the destination takes
+it up when the source comes.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+from sealane.enclave.interface import PeerEstablished
+from sealane.host.jobs import Job
+from sealane.host.migration import messages
+from sealane.host.migration.context import MigrationContext
+from sealane.host.migration.destination import DestinationMigration, Reception
+from sealane.host.migration.enclave_process import EnclaveProcess
+from sealane.host.migration.postcopy_destination import Arrival, Half
+from sealane.host.migration.source import SourceMigration
+from sealane.host.models import Migration, MigrationRequest, VmDefinition
+from sealane.hypervisor.qmp import QmpMachine
+from sealane.session.handover import Handover, Role, State
+
+
+class RejoiningSource(SourceMigration):
+    """The source's half, after a restart."""
+
+    def __init__(self, context: MigrationContext, migration: Migration) -> None:
+        request = MigrationRequest(
+            vm=migration.vm,
+            host=migration.peer,
+            on_stall="postcopy",
+            protection=migration.protection,
+            i_know_this_is_weak=True,  # it was said when the migration began
+        )
+        vm, peer = context.registry.get(migration.vm), context.peers.get(migration.peer)
+        super().__init__(context, request, vm, peer, migration)
+        self._handover = Handover(Role.SOURCE, State.POSTCOPY_PAUSED)
+        self._ran_before = True
+
+    async def _migrate(self, qemu: QmpMachine, directory: Path) -> None:
+        self._times.requested -= (self.clock() - self.migration.started_at).total_seconds()
+        await self._see_off(qemu, self._departure(qemu, directory), None)
+
+
+class RejoiningDestination(DestinationMigration):
+    """The destination's half, after a restart, once the source has come back."""
+
+    def __init__(
+        self,
+        context: MigrationContext,
+        reception: Reception,
+        enclave: EnclaveProcess,
+        met: PeerEstablished,
+        vm: VmDefinition,
+        migration: Migration,
+    ) -> None:
+        nothing_to_prepare = cast(messages.Prepare, None)
+        super().__init__(context, reception, enclave, met, nothing_to_prepare, vm, migration)
+        self._handover = Handover(Role.DESTINATION, State.POSTCOPY_PAUSED)
+        self._begun = time.monotonic() - (self.clock() - migration.started_at).total_seconds()
+
+    async def _receive(self, directory: Path) -> None:
+        async with QmpMachine.connect(self._vm.qmp, self._context.settings.limits.qmp_timeout_s) as qemu:
+            lanes = await qemu.postcopy_channels()
+            self._arrival = arrival = Arrival(self, self._handover, qemu, directory, lanes, self._enclave)
+            arrival.rejoining.put_nowait(Half(self._enclave, self._reception.expect_lanes))
+            await self._see_in(arrival, parted=True)
+
+
+def taking_up(
+    context: MigrationContext, reception: Reception, enclave: EnclaveProcess, met: PeerEstablished
+) -> Callable[[Migration], Job]:
+    """What `Jobs.take_up` makes the destination's job with."""
+    return lambda migration: RejoiningDestination(
+        context, reception, enclave, met, context.registry.get(migration.vm), migration
+    )
