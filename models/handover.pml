@@ -69,7 +69,7 @@ mtype:state source_state = COMPLETED, destination_state = COMPLETED;
 byte round;			/* the migration that the source is in, from 1 */
 
 /* The network: bit `r` of sent[kind] says that this message of migration `r` was sent. */
-byte sent[16];
+byte sent[24];
 byte prepare_epoch[ROUNDS + 1], ticket_epoch[ROUNDS + 1];
 byte streamed;			/* bit r: all of the VM was sent in migration r */
 
