@@ -1,17 +1,23 @@
 """Domains of two real libvirtd, moved by two real agents: libvirt's own migration, and one port between the hosts."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
+from sealane.errors import SealaneError
 from sealane.host.models import Migration, MigrationRequest
 from sealane.libvirt.domains import METADATA_NAMESPACE
+from sealane.session.preface import PREFACE_BYTES, ConnectionKind, parse_preface
 from sealane.testing.libvirt import DomainSpec, LibvirtHost, LibvirtPair, libvirtd_works, make_libvirt_pair
 from sealane.testing.machine import Hardware, Workload
 from sealane.testing.pair import AgentHost
-from sealane.testing.wiretap import Tamper, Wiretap
+from sealane.testing.plainlibvirt import flip_bit_at, lose_the_answer_to_finish, migrate_plainly
+from sealane.testing.wiretap import CutConnection, Direction, Tamper, Wiretap, flip_bit
 from tests.e2e.test_policy import policy
 
 pytestmark = [
@@ -20,6 +26,8 @@ pytestmark = [
 ]
 
 MIB = 1 << 20
+SLOWLY = {"max_bandwidth_bytes_per_s": 8 * MIB}
+During = Callable[[Migration], object]
 METADATA = f"<sealane:vm xmlns:sealane='{METADATA_NAMESPACE}' least-level='1'><sealane:label name='tier' value='web'/></sealane:vm>"
 SPEC = DomainSpec(name="web", hardware=Hardware(memory_mib=192), workload=Workload(fill_mib=32), metadata=METADATA)
 
@@ -36,19 +44,27 @@ class Rig:
     def libvirt(self, end: AgentHost) -> LibvirtHost:
         return next(each for each in self.hosts.libvirts if each.host is end.host)
 
-    def migrate(self, *tampers: Tamper, **options: object) -> Migration:
-        """Try it; with tampers, over a wire that does that to the bytes."""
+    def migrate(self, *tampers: Tamper, during: During | None = None, **options: object) -> Migration:
+        """Try it; with tampers, over a wire that does that to the bytes. `during` is called once when it copies."""
         request = MigrationRequest.model_validate({"vm": SPEC.name, "host": self.away.name, **options})
         target = (self.away.host.address, self.away.host.port)
         with Wiretap(target, tampers=tampers, host=self.home.host) as wire, self.home.client() as client:
-            client.remove_peer(self.away.name)
-            self.home.trust(self.away, address=wire.address[0], port=wire.address[1])
+            self.lead_through(*wire.address)
             last = client.start_migration(request)
             for event in client.events(last.id):
                 last = event.migration
+                if during is not None and last.state == "copying" and last.progress.bytes_transferred:
+                    during(last)
+                    during = None
         if last.state == "completed":
             self.home, self.away = self.away, self.home
         return last
+
+    def lead_through(self, address: str, port: int) -> None:
+        """The way from `home` to `away`."""
+        with self.home.client() as client:
+            client.remove_peer(self.away.name)
+        self.home.trust(self.away, address=address, port=port)
 
     def states(self) -> dict[str, str]:
         """What each libvirtd says of the domain."""
@@ -59,7 +75,10 @@ class Rig:
 
     def assert_here(self) -> None:
         """The domain runs on `home` and nowhere else, and its guest goes on."""
-        states = self.states()
+        deadline = time.monotonic() + 15.0
+        while (states := self.states())[self.away.name] not in {"absent", "shut off"} and time.monotonic() < deadline:
+            assert states[self.away.name] == "paused"  # it never runs; its agent is about to destroy it
+            time.sleep(0.1)
         assert states[self.home.name] == "running"
         assert states[self.away.name] in {"absent", "shut off"}
         SPEC.wait_ticks(self.libvirt(self.home), 2)
@@ -75,6 +94,26 @@ class Rig:
         for each in self.hosts.libvirts:
             sockets: Path = each.socket.parents[1] / "sealane-migrate"
             assert not list(sockets.glob("*")), each.host.name
+
+
+@dataclass
+class LibvirtsAnswers:
+    """A tamper: counts what goes back on lane 0, where the answer to Finish is the last 1.2 KB, or cuts it at `cut_at`."""
+
+    cut_at: int | None = None
+    count: int = 0
+    lane: int | None = None
+
+    def __call__(self, connection: int, direction: Direction, offset: int, data: bytes) -> bytes:
+        if direction == "forward" and offset == 0:
+            preface = parse_preface(data[:PREFACE_BYTES])
+            if (preface.kind, preface.lane) == (ConnectionKind.LANE, 0):
+                self.lane = connection
+        elif direction == "back" and connection == self.lane:
+            self.count = offset + len(data)
+            if self.cut_at is not None and self.count >= self.cut_at:
+                raise CutConnection(data[: max(0, self.cut_at - offset)])
+        return data
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +161,83 @@ def test_a_domain_moves_through_the_lanes_and_goes_on(moving: Rig, channels: int
     with moving.home.client() as client:
         (arrived,) = client.vms()
     assert (arrived.state, arrived.epoch, arrived.labels) == ("running", moved.epoch, {"tier": "web"})
+
+
+def test_one_flipped_bit_ends_it_and_the_domain_runs_on(moving: Rig) -> None:
+    flipped = moving.migrate(flip_bit("forward", offset=8 * MIB), multifd_channels=0)
+    moving.assert_aborted(flipped, "lane.integrity")
+
+
+def test_a_cancel_leaves_the_domain_where_it_is(moving: Rig) -> None:
+    def cancel(migration: Migration) -> None:
+        with moving.home.client() as client:
+            client.cancel(migration.id)
+
+    moving.assert_aborted(moving.migrate(during=cancel, multifd_channels=0, **SLOWLY), "migration.cancelled")
+
+
+def test_the_answer_to_finish_is_lost_and_one_copy_runs(moving: Rig) -> None:
+    """What makes two running domains of plain libvirt: its connection dies after Finish, before the answer."""
+    answers = LibvirtsAnswers()
+    moved = moving.migrate(answers, multifd_channels=0, undefine_source=True)
+    assert moved.state == "completed", moved
+    cut = moving.migrate(LibvirtsAnswers(cut_at=answers.count - 500), multifd_channels=0)
+    assert cut.progress.bytes_wire > 32 * MIB
+    moving.assert_aborted(cut, "lane.truncated")
+
+
+def test_virsh_migrates_through_an_open_lane(moving: Rig) -> None:
+    home, away = moving.home, moving.away
+    moving.lead_through(away.host.address, away.host.port)
+    opened = home.host.start(*home.program, "--json", "lane", "open", SPEC.name, away.name)
+    opened.wait_for('"type":"lane"')
+    lane = next(each for line in opened.output.splitlines() if (each := json.loads(line))["type"] == "lane")
+    words = ("migrate", "--live", "--suspend", "--persistent", "--undefinesource", SPEC.name, lane["desturi"])
+    home.host.run("virsh", "-q", "-c", lane["connect"], *words, "--migrateuri", lane["migrateuri"])
+    opened.wait_until(lambda: not opened.is_running or '"end"' in opened.output, "its end")
+    assert opened.process.wait(20) == 0, opened.output
+    moving.home, moving.away = away, home
+    moving.assert_here()
+    moving.assert_tidy()
+
+
+def test_plain_libvirt_lets_both_run_and_does_not_see_the_flipped_bit(moving: Rig) -> None:
+    """The same two faults without Sealane, so that what the tests above show is no accident of the rig."""
+    first, second = moving.hosts.libvirts
+    spec = replace(SPEC, name="plain", metadata="")
+    moving.hosts.start_domain(spec, first)
+
+    def states() -> list[str]:
+        return [each.virsh("domstate", spec.name, check=False).strip() for each in (first, second)]
+
+    problem, carried = migrate_plainly(first, second, spec.name, memory=flip_bit_at(8 * MIB))
+    assert carried > 32 * MIB
+    assert (problem, states()) == (None, ["", "running"])
+    problem, carried = migrate_plainly(second, first, spec.name, answers=lose_the_answer_to_finish())
+    assert carried > 32 * MIB
+    assert problem is not None
+    assert states() == ["running", "running"]
+    for each in (first, second):
+        each.virsh("destroy", spec.name)
+
+
+@pytest.mark.parametrize("dying", ["home", "away"])
+def test_an_agent_is_killed_in_mid_copy(moving: Rig, dying: str) -> None:
+    end: AgentHost = getattr(moving, dying)
+
+    def kill(migration: Migration) -> None:
+        assert end.agent is not None
+        end.agent.stop(signal.SIGKILL)
+
+    if dying == "away":
+        aborted = moving.migrate(during=kill, multifd_channels=0, **SLOWLY)
+        assert (aborted.state, aborted.runs_at) == ("aborted", "source"), aborted
+    else:
+        with pytest.raises(SealaneError):
+            moving.migrate(during=kill, multifd_channels=0, **SLOWLY)
+    end.start_agent()
+    with end.client() as client:
+        last = moving.hosts.pair.await_end(end, client.migrations()[0].id)
+    assert (last.state, last.runs_at) == ("aborted", "source"), last
+    moving.assert_here()
+    moving.assert_tidy()

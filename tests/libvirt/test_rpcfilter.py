@@ -59,6 +59,10 @@ def test_a_migration_goes_through() -> None:
     assert rpc.has_finished
 
 
+def test_features_may_be_asked_before_the_connection_is_opened() -> None:
+    say(auth_list(), feature(), connect_open(serial=3))
+
+
 def test_lookups_of_the_domain_and_keepalive_go_through() -> None:
     say(
         *opened(),

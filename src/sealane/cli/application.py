@@ -27,6 +27,7 @@ COMMANDS = (
     "ca",
     "vm",
     "vtpm",
+    "lane",
     "migrate",
     "evacuate",
     "status",

@@ -26,6 +26,8 @@ from sealane.host.migration.enclave_launcher import try_sandbox
 from sealane.host.models import Host
 from sealane.host.policy import load_policy
 from sealane.host.receipts.verify import verify_chain
+from sealane.libvirt import binding
+from sealane.libvirt.machine import daemon_socket
 from sealane.limits import GIB, KIB, MIB
 from sealane.paths import Paths
 from sealane.vtpm import swtpm
@@ -71,6 +73,22 @@ def examine(context: Context) -> Iterator[Finding]:
         except (SealaneError, OSError, ValueError, RuntimeError, ImportError) as error:
             mend = error.mend if isinstance(error, SealaneError) else "please report it"
             yield Finding(name, "warning", f"could not be looked at: {error}", mend)
+
+
+def check_libvirt(context: Context) -> Iterator[Finding]:
+    """Whether domains can be moved: libvirtd's socket, and libvirt's binding for Python. No libvirt is no fault."""
+    for uri in load_settings(context.paths.config).libvirt:
+        try:
+            socket = daemon_socket(uri)
+        except SealaneError:
+            yield Finding("libvirt", "ok", f"no libvirtd for {uri} here")
+            continue
+        try:
+            binding.load()
+        except SealaneError as error:
+            yield Finding("libvirt", "warning", f"{socket} is there, and {error.detail}", error.mend)
+        else:
+            yield Finding("libvirt", "ok", f"{uri}: {socket}")
 
 
 def check_qemu(context: Context) -> Iterator[Finding]:
@@ -435,6 +453,7 @@ CHECKS: Final[dict[str, Check]] = {
     "free space": check_space,
     "clock": check_clock,
     "swtpm": check_vtpm,
+    "libvirt": check_libvirt,
     "configuration": check_configuration,
     "policy": check_policy,
     "receipts": check_receipts,

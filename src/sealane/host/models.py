@@ -155,7 +155,8 @@ class MigrationRequest(Model):
     before that; "postcopy" lets the VM run at the destination before all of its memory is there, once there was no progress
     for `give_up_after_s`, and from then on the loss of either host loses the VM; "wait" never gives up.
 
-    `undefine_source`: a persistent domain of libvirt is forgotten here once it runs there.
+    `undefine_source`: a persistent domain of libvirt is forgotten here once it runs there. `client` "other": the lanes are opened
+    for a domain, and another client of libvirt than the agent migrates it through them.
 
     Where a limit is reached the migration waits: the higher `priority` goes first (None: the VM's own). At most `group_max`
     of those with the same `group` are in progress at once (0: as many as there are). After `time_limit_s` in progress, and
@@ -173,6 +174,7 @@ class MigrationRequest(Model):
     throttle_max_percent: Annotated[int, Field(ge=1, le=99)] = THROTTLE_MAX_PERCENT
     reduce: bool = True
     undefine_source: bool = False
+    client: Literal["agent", "other"] = "agent"
     protection: Protection = "sealed"
     i_know_this_is_weak: bool = False
     priority: Annotated[int, Field(ge=-100, le=100)] | None = None

@@ -38,7 +38,7 @@ from sealane.host.store import JournalEntry, Store, utc_now
 from sealane.hypervisor.launch import destroy, start_time_ticks
 from sealane.hypervisor.qmp import QmpMachine
 from sealane.libvirt.domains import is_domain
-from sealane.libvirt.machine import destroy_incoming_domain, open_domain
+from sealane.libvirt.machine import MigrationDirectory, destroy_incoming_domain, open_domain
 from sealane.limits import QMP_TIMEOUT_S
 from sealane.session.handover import ENDED, IN_POSTCOPY
 
@@ -70,6 +70,7 @@ class Recovery:
         self._inherited = {entry.migration.id for entry in store.unfinished()}
         for entry in store.unfinished():
             jobs.adopt(entry)
+            MigrationDirectory.remove(entry.migration.id)
 
     def _open(self) -> list[JournalEntry]:
         """All but what is in doubt, or in two halves, and was looked at: of that only the peer or a person knows more."""

@@ -247,6 +247,11 @@ class MigrationDirectory:
         shutil.rmtree(self._path, ignore_errors=True)
 
     @classmethod
+    def remove(cls, migration: str) -> None:
+        """Remove what an agent that was killed has left of a migration."""
+        shutil.rmtree(cls.ROOT / migration[:16], ignore_errors=True)
+
+    @classmethod
     def vm_socket(cls, migration: str) -> Path:
         """Where the source's libvirtd or QEMU dials, and the destination's QEMU listens."""
         return cls.ROOT / migration[:16] / "vm.sock"

@@ -9,7 +9,8 @@ message is read and most are refused, which ends the migration:
     prepared   FINISH3_PARAMS                              once
     finished
 
-    open and later     CONNECT_SUPPORTS_FEATURE; DOMAIN_GET_STATE and lookups of this domain; keepalive; CONNECT_CLOSE
+    greeted and later  CONNECT_SUPPORTS_FEATURE
+    open and later     DOMAIN_GET_STATE and lookups of this domain; keepalive; CONNECT_CLOSE
 
 `prepare` and `finish` must leave the domain paused (VIR_MIGRATE_PAUSED): the agent resumes it, when it owns it. QEMU listens on
 the agreed socket and nowhere else; tunnels, peer-to-peer, descriptors and streams are refused, as are parameters and flags that
@@ -267,7 +268,7 @@ _RULES: Final[Mapping[int, _Rule]] = {
     Procedure.AUTH_LIST: _Rule(frozenset({Phase.FRESH}), _nothing, Phase.GREETED),
     Procedure.CONNECT_OPEN: _Rule(frozenset({Phase.GREETED}), _open, Phase.OPEN),
     Procedure.CONNECT_CLOSE: _Rule(_FROM_OPEN, _nothing, Phase.CLOSED),
-    Procedure.CONNECT_SUPPORTS_FEATURE: _Rule(_FROM_OPEN, _feature),
+    Procedure.CONNECT_SUPPORTS_FEATURE: _Rule(_FROM_OPEN | {Phase.GREETED}, _feature),
     Procedure.DOMAIN_GET_STATE: _Rule(_FROM_OPEN, _state),
     Procedure.DOMAIN_LOOKUP_BY_NAME: _Rule(_FROM_OPEN, _lookup_name),
     Procedure.DOMAIN_LOOKUP_BY_UUID: _Rule(_FROM_OPEN, _lookup_uuid),

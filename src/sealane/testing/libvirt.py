@@ -8,7 +8,6 @@ libvirt-daemon-driver-qemu.
 
 import os
 import shutil
-import subprocess
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -212,17 +211,6 @@ def make_libvirt_hosts(names: Sequence[str] = ("host-a", "host-b")) -> Iterator[
             end.start_daemon()
             ends.append(end)
         yield ends
-
-
-def domain_pid(host: LibvirtHost, name: str) -> int | None:
-    """QEMU's process id of a domain, inside the host's namespace; None where it has none."""
-    path = host.socket.parent / f"qemu/{name}.pid"
-    return int(path.read_text()) if path.exists() else None
-
-
-def migrate_plainly(source: LibvirtHost, name: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """`virsh migrate` as it is, on the source host."""
-    return source.host.run("virsh", "-q", "-c", URI, "migrate", "--live", *words, name, check=False)
 
 
 @dataclass

@@ -127,6 +127,16 @@ class SourceLines:
             self.last_word.set()
         return passed
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the client has come, and has ended its connection to the source's libvirtd."""
+        return self._to_daemon is not None and self._to_daemon.ended.done()
+
+    async def over(self, timeout_s: float) -> None:
+        """Wait for that, for so long at most."""
+        if self._to_daemon is not None:
+            await asyncio.wait({self._to_daemon.ended}, timeout=timeout_s)
+
     def end_lane(self) -> None:
         """Say no more to the destination's libvirtd: its lane can close."""
         with contextlib.suppress(OSError):

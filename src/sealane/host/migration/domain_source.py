@@ -87,21 +87,27 @@ class DomainSource(SourceMigration):
         self._lines = SourceLines(directory, daemon_socket(machine.address.uri), await dial_vm(path))  # it is lane 0
         self._step(Input.PREPARED, detail="the domain's memory goes over", multifd_channels=channels)
         self._times.copy_started = time.monotonic()
-        wishes = MigrationWishes(
-            migrate_uri=f"unix://{path}",
-            channels=channels,
-            max_bandwidth_mib_per_s=-(-(self._request.max_bandwidth_bytes_per_s or 0) // MIB),
-            auto_converge=self._request.on_stall == "auto-converge",
-            persistent=self._is_persistent,
-            undefine_source=self._is_persistent and self._request.undefine_source,
-        )
-        self._client = start_client(machine.address, self._lines.local, self._lines.remote, wishes)
+        if self._request.client == "agent":
+            self._start_client(machine, self._lines, channels)
+        else:
+            self.update(detail="the lanes are open for another client of libvirt")
         await self._follow(machine, self._lines)
         self._step(Input.VM_STOPPED, detail="the domain is paused at both ends")
         self._lines.end_lane()
         loaded = await self._wait_loaded(enclave, cast(QmpMachine, machine))
         self._lines.gate.is_released = True
         await self._hand_over(enclave, cast(QmpMachine, _LeavingDomain(self)), loaded)
+
+    def _start_client(self, machine: DomainMachine, lines: SourceLines, channels: int) -> None:
+        wishes = MigrationWishes(
+            migrate_uri=f"unix://{MigrationDirectory.vm_socket(self.id)}",
+            channels=channels,
+            max_bandwidth_mib_per_s=-(-(self._request.max_bandwidth_bytes_per_s or 0) // MIB),
+            auto_converge=self._request.on_stall == "auto-converge",
+            persistent=self._is_persistent,
+            undefine_source=self._is_persistent and self._request.undefine_source,
+        )
+        self._client = start_client(machine.address, lines.local, lines.remote, wishes)
 
     async def _look_at_domain(self, machine: DomainMachine) -> tuple[DomainFacts, VmDescription]:
         self.update(detail="looking at the domain")
@@ -147,11 +153,10 @@ class DomainSource(SourceMigration):
 
     async def _follow(self, machine: DomainMachine, lines: SourceLines) -> None:
         """Until libvirt's client says its last word, telling the progress; raises where that is not `done`."""
-        assert self._client is not None  # noqa: S101 - the caller has started it
         stall = StallLimit(self._context.settings.limits.stall_timeout_s)
         waiting = asyncio.ensure_future(lines.last_word.wait())
         try:
-            while not waiting.done() and self._client.is_alive():
+            while not waiting.done() and self._client_lives(lines):
                 await self._watch(asyncio.wait({waiting}, timeout=PROGRESS_EVERY_S))
                 if not waiting.done():
                     stall.look(self._wire_bytes())
@@ -160,6 +165,9 @@ class DomainSource(SourceMigration):
             waiting.cancel()
         if lines.gate.word is not Word.DONE:
             raise await self._clients_failure()
+
+    def _client_lives(self, lines: SourceLines) -> bool:
+        return not lines.is_over if self._client is None else self._client.is_alive()
 
     async def _tell_job(self, machine: DomainMachine) -> None:
         stats = await machine.job_stats()
@@ -181,6 +189,8 @@ class DomainSource(SourceMigration):
         assert self._machine is not None  # noqa: S101
         await self._lines.let_go()
         await self._join_client(_CLIENT_END_S)
+        if self._client is None:
+            await self._lines.over(_CLIENT_END_S)
         if self._client is None or self._client.is_alive() or self._client.failure is not None:
             await self._end_client()
             await self._machine.destroy(undefine=self._is_persistent and self._request.undefine_source)
