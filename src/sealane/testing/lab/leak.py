@@ -151,9 +151,12 @@ def _filled_pages(take: Take) -> bytes:
 
 
 def find(take: Take, decoded: Pages, secret: str) -> Cell:
-    """Whether the secret stands in the capture, or in what was decoded of it."""
+    """Whether the secret stands in the capture, or in what was decoded of it.
+
+    Pages in clear are looked through beside the flows: they may have crossed in compressed records.
+    """
     needle = secret.encode()
-    if any(needle in flow for flow in take.sight.flows):
+    if any(needle in flow for flow in take.sight.flows) or needle in take.clear_bytes:
         return "read"
     return "decoded" if len(decoded) and needle in decoded.tobytes() else "-"
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -100,6 +100,11 @@ class Take:
     migration: Migration | None = None
     memory_before: Path | None = None
     _sight: Sight | None = None
+
+    @cached_property
+    def clear_bytes(self) -> bytes:
+        """All pages that crossed in clear."""
+        return self.sight.clear.tobytes()
 
     @property
     def sight(self) -> Sight:
