@@ -1,5 +1,6 @@
 """A keeper between QEMU, swtpm and enclaves: state leaves and enters only sealed, whole, and where it belongs."""
 
+import os
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from sealane.errors import SealaneError
 from sealane.vtpm.control import TPM_FAIL, BlobType
 from sealane.vtpm.envelope import Journey, StateSealer
+from sealane.vtpm.swtpm import STATE_FILE
 from tests.vtpm.rig import (
     JOURNEY,
     READ_EK,
@@ -209,6 +211,25 @@ def test_what_qemu_does_not_ask_ends_it(tmp_path: Path) -> None:
         assert qemu.raw(struct.pack(">I", 10)) == b""  # CMD_STORE_VOLATILE: it would write state in clear
         wait_for_end(pid)
     assert keeper.record().status == "here"
+
+
+def test_a_copy_that_is_put_back_while_it_runs_is_not_taken_for_swtpms(tmp_path: Path) -> None:
+    with running(tmp_path, "create") as (keeper, qemu):
+        assert qemu.init() == 0
+        keeper.call("verify")
+        path = keeper.record().path / STATE_FILE
+        old = path.read_bytes()
+        qemu.tpm(STARTUP)  # which writes
+        keeper.call("verify")
+        good = keeper.record()
+        assert path.read_bytes() != old
+        (tmp_path / "old").write_bytes(old)
+        os.replace(tmp_path / "old", path)
+        with pytest.raises(SealaneError, match=r"vtpm\.stale"):
+            keeper.call("verify")
+    assert keeper.record() == good
+    with pytest.raises(SealaneError, match=r"vtpm\.stale"):
+        KeeperProcess(tmp_path).start("open")
 
 
 @pytest.mark.parametrize("call", ["nothing", "taken"])

@@ -34,13 +34,16 @@ from sealane.vtpm.control import (
     encode_result,
 )
 from sealane.vtpm.link import Frame, Link, What
-from sealane.vtpm.record import Record, Records
+from sealane.vtpm.record import Record, Records, digest_of
 from sealane.vtpm.vault import Launched, Vault, describe_error
 
 PACKET_MAX: Final = 64 * 1024
 _IN_MOVED_TO: Final = 0x80
 _IN_CLOSE_WRITE: Final = 0x08
 _CONTROL_READ_BYTES: Final = 64 * 1024
+# Digests that are remembered, at some 150 bytes each: a TPM that wrote every second would do so for three days.
+_SEEN_MAX: Final = 1 << 18
+_TRIES: Final = 5
 _NEEDED: Final = frozenset({BlobType.PERMANENT, BlobType.VOLATILE})
 
 
@@ -93,6 +96,7 @@ class Keeper:
         self._brought: set[BlobType] = set()
         self._settings: dict[Command, bytes] = {}  # what a new swtpm has to be told again
         self._watch = _watch_directory(launched.record.path)
+        self._seen = {launched.record.digest, *launched.record.past}
         self._version_at_first = launched.record.version
         self._over = False
         self._handlers: dict[str, Callable[[dict[str, Any], list[int]], dict[str, Any]]] = {
@@ -150,13 +154,23 @@ class Keeper:
             self._over = True
 
     def _note_written(self) -> None:
-        """Keep the digest of what swtpm has written; the file is on the disk before the record says so."""
+        """Keep the digest of what swtpm has written; the file is on the disk before the record says so.
+
+        swtpm writes nothing twice: each time it encrypts under a new IV. What was here before and is here again, somebody
+        else has put back, and it is not noted; what is not swtpm's, swtpm will not take at the next launch.
+        """
         launched = self._launched
         if not launched.swtpm.state_path.exists():
             return
-        record = launched.record.written(self._vault.digest_now(launched.record))
-        if record is not launched.record:
-            self._save(record)
+        digest = self._vault.digest_now(launched.record)
+        if digest == launched.record.digest:
+            return
+        if digest in self._seen:
+            _say(f"somebody has put back an older copy of the files of {launched.record.vm}'s TPM")
+            return
+        if len(self._seen) < _SEEN_MAX:
+            self._seen.add(digest)
+        self._save(launched.record.written(digest))
 
     def _save(self, record: Record) -> None:
         self._launched.record = record.authenticated(self._launched.key)
@@ -295,7 +309,12 @@ class Keeper:
         counter = self._vault.root_of(launched.record.key).counter(launched.record.key)
         if counter is not None and counter != launched.record.key.counter:
             raise make_error("vtpm.old-record", f"the host's TPM has counted to {counter}")
-        self._vault.judge(launched.record, self._vault.content(launched.record))
+        for _ in range(_TRIES):  # swtpm may write meanwhile
+            self._note_written()
+            content = self._vault.content(launched.record)
+            if digest_of(content) == launched.record.digest:
+                return {}
+        self._vault.judge(launched.record, content)
         return {}
 
     def _attach(self, said: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
@@ -349,6 +368,7 @@ class Keeper:
             after.swtpm.stop()
             raise
         self._launched = after
+        self._seen.add(after.record.digest)
         watch, self._watch = self._watch, _watch_directory(after.record.path)
         os.close(watch)
         before.swtpm.stop()
