@@ -94,7 +94,7 @@ def test_another_migrations_secret_opens_nothing() -> None:
 
 
 def test_each_type_has_a_key_of_its_own() -> None:
-    sealed = {each: sealer().volatile_state_enc(each, bytes(64))[58:] for each in TYPES}
+    sealed = {each: sealer().volatile_state_enc(each, bytes(64))[58 : 58 + 64] for each in TYPES}
     assert len(set(sealed.values())) == len(TYPES)  # the same nonce and state, and still nothing alike
 
 

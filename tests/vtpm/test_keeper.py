@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sealane.errors import SealaneError
-from sealane.vtpm.control import TPM_FAIL, BlobType
+from sealane.vtpm.control import TPM_FAIL, BlobType, Command
 from sealane.vtpm.envelope import Journey, StateSealer
 from sealane.vtpm.swtpm import STATE_FILE
 from tests.vtpm.rig import (
@@ -167,9 +167,12 @@ def test_a_tpm_that_is_here_takes_no_state(source: tuple[KeeperProcess, QemuStan
     keeper, qemu = source
     enclave = EnclaveStandIn(keeper, JOURNEY, is_source=False)
     try:
+        assert qemu.raw(struct.pack(">I", Command.STOP)) == bytes(4)  # swtpm itself refuses it only while the TPM runs
         assert qemu.set(BlobType.PERMANENT, blobs[BlobType.PERMANENT]) == TPM_FAIL
     finally:
         enclave.close()
+    assert qemu.init() == 0
+    qemu.tpm(STARTUP)
     assert qemu.tpm(READ_EK)[6:10] == bytes(4)
 
 
