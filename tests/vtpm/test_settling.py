@@ -85,6 +85,13 @@ def test_a_tpm_whose_vm_left_is_destroyed(host: Host) -> None:
     assert not list(Path(host.keeper.order.records).glob("*.key"))
 
 
+def test_what_was_tried_later_does_not_hide_that_it_left(host: Host) -> None:
+    host.create()
+    host.journal(1, role="source", state="completed", epoch=1)
+    host.journal(2, role="source", state="aborted")
+    assert host.settle() == "gone"
+
+
 def test_one_whose_vm_stayed_is_not(host: Host) -> None:
     host.create()
     host.journal(1, role="source", state="aborted", epoch=1)  # a ticket that was refused

@@ -234,19 +234,20 @@ class Vtpms:
         record = self._records.find(name)
         if record is None or record.status == "gone":
             return
-        newest = next(iter(self._store.migrations(vm=name, limit=1)), None)
-        if newest is None or newest.ended_at is None:
-            return
-        with contextlib.suppress(SealaneError):
+        known = self._store.migrations(vm=name)
+        arrived = next((each for each in known if each.id == record.migration and each.ended_at is not None), None)
+        try:
             vm = self._find_vm(name)
-            if _has_left(record, newest):
+        except SealaneError:
+            return  # a VM that was forgotten since
+        if any(_has_left(record, each) for each in known):
+            await self.drop(vm)
+            _log.info("the TPM of a VM that left was destroyed", vm=name)
+        elif record.status == "incoming" and arrived is not None:
+            if arrived.state == "completed":
+                await self._take_late(vm, arrived.epoch or record.epoch + 1)
+            elif arrived.state == "aborted":
                 await self.drop(vm)
-                _log.info("the TPM of a VM that left was destroyed", vm=name)
-            elif record.status == "incoming" and record.migration == newest.id:
-                if newest.state == "completed":
-                    await self._take_late(vm, newest.epoch or record.epoch + 1)
-                elif newest.state == "aborted":
-                    await self.drop(vm)
 
     async def _take_late(self, vm: VmDefinition, epoch: int) -> None:
         try:
@@ -320,14 +321,15 @@ class Vtpms:
             time.sleep(_LOOK_EVERY_S)
 
 
-def _has_left(record: Record, newest: Migration) -> bool:
+def _has_left(record: Record, migration: Migration) -> bool:
     """Whether the journal says that the VM went away after this TPM had come."""
     return (
         record.status == "here"
-        and newest.role == "source"
-        and newest.state == "completed"
-        and newest.epoch is not None
-        and record.epoch < newest.epoch
+        and migration.role == "source"
+        and migration.state == "completed"
+        and migration.ended_at is not None
+        and migration.epoch is not None
+        and record.epoch < migration.epoch
     )
 
 
