@@ -302,6 +302,10 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         "vtpm.record": Entry("what the agent keeps of a vTPM cannot be read or written", "see the message"),
         "vtpm.control": Entry("QEMU asked its TPM for something unknown", "which QEMU is it? please report it"),
         "quoting.failed": Entry("the quoting process gave no evidence", "see the agent's log"),
+        "quoting.qemu": Entry(
+            "the QEMU that was launched is not the one that was measured",
+            "name QEMU's own binary in the VM's launch command, and not a script that chooses one",
+        ),
         "quoting.slow": Entry("the quoting process did not answer in time", _RETRY, True),
         "quoting.driver": Entry("a root of trust did not do what was asked", "see the message, and `sealane doctor`"),
         "quoting.pcr": Entry(

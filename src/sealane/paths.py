@@ -3,10 +3,16 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 STATE_VARIABLE = "SEALANE_STATE_DIR"
 RUN_VARIABLE = "SEALANE_RUN_DIR"
 CONFIG_VARIABLE = "SEALANE_CONFIG_DIR"
+
+
+# How the interpreters are started that hold keys, or measure: no user's site, no variables, and of Python's caches of compiled
+# modules none is read or written, since they are not measured. Nothing can lie below a device file.
+ISOLATED: Final = ("-I", "-B", "-X", "pycache_prefix=/dev/null/none")
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from sealane.enclave.interface import (
 )
 from sealane.enclave.launcher import PACKET_MAX, REQUEST, STARTED
 from sealane.host.migration.enclave_launcher import ENCLAVE_USER, enclave_ids
+from sealane.paths import ISOLATED
 from sealane.session.preface import PREFACE_BYTES, ConnectionKind, Preface, parse_preface
 from tests.enclave.quoting import Quote, quoting_line
 from tests.session.rig import DESTINATION, MIGRATION, NOW, SOURCE, SUBJECT
@@ -85,7 +86,7 @@ class Launcher:
             self.process = subprocess.Popen(
                 [
                     sys.executable,
-                    "-I",
+                    *ISOLATED,
                     "-m",
                     "sealane.enclave",
                     str(theirs.fileno()),

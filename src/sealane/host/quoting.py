@@ -18,7 +18,7 @@ import structlog
 
 from sealane.errors import HostError
 from sealane.host.config import AttestationSettings
-from sealane.paths import Paths
+from sealane.paths import ISOLATED, Paths
 from sealane.quoting.interface import (
     PACKET_MAX,
     Configure,
@@ -35,8 +35,30 @@ _END_WAIT_S: Final = 5.0
 
 def incoming_binaries(commands: Iterable[Sequence[str] | None]) -> list[str]:
     """The programs that would receive a VM here, before it is known which one comes: of all launch commands."""
-    found = {shutil.which(command[0]) for command in commands if command}
+    found = {_program_of(command) for command in commands if command}
     return sorted(path for path in found if path)
+
+
+def _program_of(command: Sequence[str]) -> str | None:
+    """QEMU's own binary, also behind words that launch it (`nsenter … --`, `taskset -c 3`); else the first word."""
+    behind = (shutil.which(word) for word in command if os.path.basename(word).startswith("qemu-"))
+    return next((path for path in behind if path), None) or shutil.which(command[0])
+
+
+def check_launched(pid: int, measured: Sequence[str]) -> None:
+    """The QEMU that was launched is one of the binaries that the evidence covers, by what the process really runs.
+
+    Raises HostError `quoting.qemu`. What runs in another process namespace (pid 0) is not known, and so not accepted.
+    """
+    running = f"/proc/{pid}/exe"
+    for path in measured:
+        with contextlib.suppress(OSError):
+            if os.path.samefile(running, path):
+                return
+    name = "another program"
+    with contextlib.suppress(OSError):
+        name = os.readlink(running)
+    raise HostError("quoting.qemu", f"{name} runs, and {', '.join(measured) or 'nothing'} was measured")
 
 
 class QuotingService:
@@ -62,7 +84,7 @@ class QuotingService:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-m", "sealane.quoting", str(theirs.fileno())],
+                [sys.executable, *ISOLATED, "-m", "sealane.quoting", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],

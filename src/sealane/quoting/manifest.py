@@ -4,8 +4,9 @@ The list is taken from an interpreter that is started as the launcher is and imp
 and every file that is mapped executable. Names are relative to the directory of `sys.path` that holds the file, so that two
 hosts with the same software give the same digest wherever it lies; libraries of the system have their whole path.
 
-Python's caches of compiled modules are not measured: they carry times and paths, so that no two hosts have the same ones, and
-whatever imports a module first writes its cache. Who can write them can change what runs without changing what is measured.
+Python's caches of compiled modules are not measured: they carry times and paths, so that no two hosts have the same ones. So the
+launcher's interpreter reads none (`paths.ISOLATED`), and compiles the measured sources anew at each start of the agent. A compiled
+file without its source is a module's file, and measured as such.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from typing import Any, Final
 
 from sealane.attest.platformlog import Measured
 from sealane.errors import HostError
+from sealane.paths import ISOLATED
 
 _LISTING_TIMEOUT_S: Final = 60.0
 _LISTING: Final = """
@@ -83,7 +85,7 @@ def measure_enclave(*, not_after_ns: int) -> Manifest:
 def _list_files() -> dict[str, Any]:
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-c", _LISTING],
+            [sys.executable, *ISOLATED, "-c", _LISTING],
             env={"LANG": "C.UTF-8"},
             capture_output=True,
             timeout=_LISTING_TIMEOUT_S,

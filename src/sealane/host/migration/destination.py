@@ -52,7 +52,7 @@ from sealane.host.migration.stall import StallLimit
 from sealane.host.migration.vtpm_steps import launch_with_tpm, vtpm_abandoned, vtpm_taken
 from sealane.host.models import Migration, Name, Progress, Protection, Result, VmDefinition
 from sealane.host.problems import problem_of
-from sealane.host.quoting import incoming_binaries
+from sealane.host.quoting import check_launched, incoming_binaries
 from sealane.host.registry import PROBE_TIMEOUT_S, Registry, is_absent
 from sealane.host.store import utc_now
 from sealane.hypervisor.driver import MigrationParameters
@@ -421,6 +421,8 @@ class DestinationMigration(Job):
         self.description = here = await qemu.describe()
         if here.run_state != "inmigrate":
             raise make_error("launch.failed", f"QEMU is {here.run_state}, and does not wait for a migration")
+        if self._vm.launch_incoming and self._context.settings.attestation.drivers != ["software"]:
+            check_launched(qemu.pid, incoming_binaries([self._vm.launch_incoming]))
         check_same_machine(self._prepare, here)
         channels = choose_multifd_channels(
             self._prepare.multifd_channels, frozenset(self._prepare.capabilities), here.capabilities

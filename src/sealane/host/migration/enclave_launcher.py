@@ -23,6 +23,7 @@ from sealane.enclave.sandbox import Measures, why_not
 from sealane.errors import HostError, SealaneError, make_error
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
 from sealane.limits import ENCLAVE_START_TIMEOUT_S
+from sealane.paths import ISOLATED
 
 ENCLAVE_USER: Final = "sealane-enclave"
 _UNALLOTTED: Final = 60900
@@ -104,7 +105,7 @@ class EnclaveLauncher:
         ours, theirs = socket_pair()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-m", "sealane.enclave", str(theirs.fileno()), *map(str, ids)],
+                [sys.executable, *ISOLATED, "-m", "sealane.enclave", str(theirs.fileno()), *map(str, ids)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
