@@ -208,6 +208,10 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         "pairing.closed": Entry(
             "the other end does not pair", "run `sealane pair` there first, and use the code that it shows", True
         ),
+        "pairing.tpm": Entry(
+            "the other end's TPM did not prove the keys that it shows",
+            "look into that host: its attestation key does not live in the TPM that it shows",
+        ),
         "pairing.mismatch": Entry(
             "what the other end showed does not belong to it",
             "somebody may stand between the hosts: pair over another network, or compare fingerprints by hand",
@@ -271,6 +275,10 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         "attest.host-unknown": Entry(
             "no reference value vouches for the hardware that gave the evidence",
             "add the host's attestation key to the reference values, after its TPM has proved it (docs/attestation.md)",
+        ),
+        "attest.endorsement": Entry(
+            "the certificate of a TPM's endorsement key does not lead to a root that is trusted here",
+            "name the maker's root in `attestation.tpm_roots`; a software TPM has none that counts",
         ),
         "attest.hardware-changed": Entry(
             "the peer shows other hardware than when it was paired or enrolled, or none",

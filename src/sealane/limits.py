@@ -78,7 +78,8 @@ PAIRING_TRIES: Final = 3
 PAIRING_LIFETIME_S: Final = 600.0
 # Connections to one code; each costs some milliseconds of arithmetic. Beyond it the code is void: somebody is at work.
 PAIRING_CONNECTIONS_MAX: Final = 32
-PAIRING_ANSWER_TIMEOUT_S: Final = 10.0
+# Each end has the other's TPM open a credential: some seconds with a slow one.
+PAIRING_ANSWER_TIMEOUT_S: Final = 20.0
 
 HANDSHAKE_TIMEOUT_S: Final = 15.0
 CHANNEL_ANSWER_TIMEOUT_S: Final = 60.0

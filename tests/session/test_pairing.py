@@ -16,7 +16,18 @@ from sealane.crypto.dsse import parse_certificate
 from sealane.crypto.identity import Identity, create_identity
 from sealane.crypto.pake import Side
 from sealane.errors import SealaneError, make_error
-from sealane.session.pairing import CodeProved, Done, Event, Offer, OfferReceived, Pairing, make_code, normal_code
+from sealane.session.pairing import (
+    Answered,
+    Challenged,
+    CodeProved,
+    Done,
+    Event,
+    Offer,
+    OfferReceived,
+    Pairing,
+    make_code,
+    normal_code,
+)
 from sealane.session.words import WORDS
 
 NOW = datetime(2025, 1, 2, tzinfo=UTC)
@@ -40,16 +51,28 @@ def run(inviter: Pairing, joiner: Pairing, tamper: Callable[[int, bytes], bytes]
             return events
         for event in receiver.receive(tamper(turn, data)):
             events.append(event)
-            if isinstance(event, OfferReceived):
-                receiver.accept()
+            react(receiver, event)
     raise AssertionError
+
+
+def react(receiver: Pairing, event: Event) -> None:
+    """What a host does; the secrets stand for what its TPM found."""
+    match event:
+        case OfferReceived():
+            receiver.accept() if receiver._side == "joiner" else receiver.challenge(b"for the joiner")
+        case Challenged():
+            receiver.answer(b"opened " + event.credential, b"for the inviter")
+        case Answered():
+            receiver.accept(b"opened " + event.credential)
 
 
 def test_two_ends_learn_each_other_and_show_the_same_words() -> None:
     events = run(end("inviter", A), end("joiner", B))
-    proved, to_joiner, to_inviter, done = events
+    proved, to_joiner, to_inviter, challenged, answered, done = events
     assert isinstance(proved, CodeProved)
-    assert isinstance(done, Done)
+    assert challenged == Challenged(b"for the joiner")
+    assert answered == Answered(b"opened for the joiner", b"for the inviter")
+    assert done == Done(b"opened for the inviter")
     assert isinstance(to_joiner, OfferReceived)
     assert isinstance(to_inviter, OfferReceived)
     assert to_joiner.offer.certificate.fingerprint == A.fingerprint
@@ -62,14 +85,14 @@ def test_two_ends_learn_each_other_and_show_the_same_words() -> None:
 def test_byte_by_byte() -> None:
     inviter, joiner = end("inviter", A), end("joiner", B)
     seen: list[Event] = []
-    for turn in range(6):
+    for turn in range(8):
         sender, receiver = (joiner, inviter) if turn % 2 == 0 else (inviter, joiner)
         for byte in sender.bytes_to_send():
             for event in receiver.receive(bytes([byte])):
                 seen.append(event)
-                if isinstance(event, OfferReceived):
-                    receiver.accept()
-    assert [type(event) for event in seen] == [CodeProved, OfferReceived, OfferReceived, Done]
+                react(receiver, event)
+    expected = [CodeProved, OfferReceived, OfferReceived, Challenged, Answered, Done]
+    assert [type(event) for event in seen] == expected
 
 
 @pytest.mark.parametrize("wrong", ["8-orchid-tempo", "7-orchid-tiger", "7-tempo-orchid"])
@@ -99,7 +122,7 @@ def test_somebody_in_between_who_knows_the_code_makes_the_words_differ() -> None
     assert shown_by_a.words != shown_by_b.words
 
 
-@pytest.mark.parametrize("turn", range(6))
+@pytest.mark.parametrize("turn", range(8))
 def test_every_changed_byte_ends_it(turn: int) -> None:
     size = 0
 

@@ -9,6 +9,7 @@
 
     {"want":"policy"}                                      expectations, reference values, collateral of this host
     {"user_data":"<hex>","vm":"<name>","want":"evidence"}  the REPORT of the seed; the answer is the QUOTE with all logs
+    {"credential":"<hex>","want":"activation"}             the agent's, in a pairing; the answer is the secret inside
 """
 
 import json
@@ -41,7 +42,14 @@ class EvidenceAsked:
     vm: str
 
 
-Question: TypeAlias = PolicyWanted | EvidenceAsked
+@dataclass(frozen=True)
+class ActivationAsked:
+    """What this host's TPM finds in a credential that another host made for its keys (`quoting.enrolment`)."""
+
+    credential: bytes
+
+
+Question: TypeAlias = PolicyWanted | EvidenceAsked | ActivationAsked
 
 
 class Cutter:
@@ -70,6 +78,8 @@ def encode_question(question: Question) -> bytes:
     fields = {"want": "policy"}
     if isinstance(question, EvidenceAsked):
         fields = {"user_data": question.user_data.hex(), "vm": question.vm, "want": "evidence"}
+    elif isinstance(question, ActivationAsked):
+        fields = {"credential": question.credential.hex(), "want": "activation"}
     text = json.dumps(fields, sort_keys=True).encode()
     return _LENGTH.pack(len(text)) + text
 
@@ -79,6 +89,8 @@ def parse_question(text: bytes) -> Question:
     value = parse_json(decode_text(text, "question"), "question")
     if value == {"want": "policy"}:
         return PolicyWanted()
+    if isinstance(value, dict) and set(value) == {"credential", "want"} and value["want"] == "activation":
+        return ActivationAsked(parse_hex(value["credential"], "credential"))
     if not isinstance(value, dict) or set(value) != {"user_data", "vm", "want"} or value["want"] != "evidence":
         raise EvidenceError("attest.malformed", "a question that is not known")
     user_data, vm = parse_hex(value["user_data"], "user data"), value["vm"]

@@ -10,7 +10,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sealane.attest.reference import Reference, parse_introduced
-from sealane.errors import HostError
+from sealane.errors import EvidenceError, HostError
 
 # In the state directory.
 KNOWN_HOSTS: Final = "known-hosts.json"
@@ -42,6 +42,14 @@ class KnownHosts(_Strict):
         """What that host showed; None where it showed nothing. Raises EvidenceError."""
         found = self.paired.get(name) or self.fleet.get(name)
         return None if found is None else found.parsed()
+
+    def hardware_of(self, name: str) -> list[str]:
+        """The hardware that the host showed when it was introduced; for people."""
+        try:
+            found = self.introduced(name)
+        except EvidenceError:
+            return []
+        return [] if found is None else list(found.hosts or ())
 
 
 def parse_known(data: bytes) -> KnownHosts:

@@ -41,7 +41,15 @@ def hosts(
     if not found:
         out.line("no host is trusted; add one: sealane trust add NAME FINGERPRINT --address HOST")
         return
-    heads = ["HOST", "ADDRESS", "LEVEL", "RESTS ON", "LAST MET", *([] if vm is None else [f"MAY {vm} GO THERE"])]
+    heads = [
+        "HOST",
+        "ADDRESS",
+        "LEVEL",
+        "RESTS ON",
+        "HARDWARE",
+        "LAST MET",
+        *([] if vm is None else [f"MAY {vm} GO THERE"]),
+    ]
     out.table(heads, [_row(host, asked=vm is not None) for host in found])
 
 
@@ -58,7 +66,8 @@ def _row(host: PeerView, *, asked: bool) -> list[str]:
         host.name,
         "-" if host.address is None else words.show_address(host.address, host.port),
         level,
-        trust.root,
+        trust.root if host.trusted_by == "certificate" else f"{trust.root}, by the CA",
+        ", ".join(name[:19] for name in host.hardware or trust.identities) or "-",
         "never" if trust.seen_at is None else words.ago(trust.seen_at),
         *([answer] if asked else []),
     ]

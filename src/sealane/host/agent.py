@@ -28,7 +28,7 @@ from sealane.host.fleet.known import KnownHostsFile
 from sealane.host.fleet.membership import Membership
 from sealane.host.fleet.office import Office
 from sealane.host.fleet.registry import Registry as FleetRegistry
-from sealane.host.fleet.renewing import EnrolmentTerms, FleetHostSide, KnownFleet
+from sealane.host.fleet.renewing import EnrolmentTerms, FleetHostSide, KnownFleet, shown_reference
 from sealane.host.jobs import Job, Jobs
 from sealane.host.limits import least_rate
 from sealane.host.listener import PeerListener
@@ -59,6 +59,7 @@ from sealane.host.pages import inspect_pages
 from sealane.host.pairing import PairingDesk, PeerTerms
 from sealane.host.peers import Peers
 from sealane.host.policy import UNKNOWN_CALLER, Caller, Move, load_policy
+from sealane.host.proving import TpmProving
 from sealane.host.queue import Turn
 from sealane.host.quoting import QuotingService, incoming_binaries
 from sealane.host.receipts.chain import Receipts
@@ -128,9 +129,13 @@ class Agent:
         self.quoting = QuotingService(paths, settings.attestation)
         self.office = Office(self, FleetRegistry(paths.authority), utc_now)
         self.fleet = FleetHostSide(self, self.membership, utc_now)
-        self.membership.on_change = KnownFleet(self.membership, KnownHostsFile(paths)).refresh
+        known = KnownHostsFile(paths)
+        self.membership.on_change = KnownFleet(self.membership, known).refresh
+        self.peers.on_remove = lambda name: known.note_paired(name, None)
+        pairing = PeerTerms(self, lambda: shown_reference(paths), known.note_paired)
         enrolment = EnrolmentTerms(self, self.office, self.membership)
-        self.pairing = PairingDesk(self, terms={"pairing": PeerTerms(self), "enrolment": enrolment})
+        proving = TpmProving(self.quoting.connect_agent)
+        self.pairing = PairingDesk(self, terms={"pairing": pairing, "enrolment": enrolment}, proving=proving)
         self.listener = make_listener(self)
         self.launcher = EnclaveLauncher(sandbox=settings.sandbox, user=settings.enclave_user)
         self.metrics.look_at(_Facts(self))
@@ -240,7 +245,7 @@ class Agent:
 
     def hosts(self, vm: str | None, caller: Caller) -> list[PeerView]:
         """The trusted hosts with what was last seen of them; with a VM, whether it might go there."""
-        seen = self.store.sightings()
+        seen, known = self.store.sightings(), KnownHostsFile(self.paths).read()
         found = []
         for peer in self.peers.everyone():
             answer = None if vm is None else self.check_policy(PolicyQuestion(vm=vm, host=peer.name), caller)
@@ -249,6 +254,8 @@ class Agent:
                     **peer.model_dump(),
                     trust=seen.get(peer.fingerprint) or PeerTrust(),
                     decision=None if answer is None else answer.decision,
+                    hardware=known.hardware_of(peer.name),
+                    trusted_by="certificate" if self.peers.is_trusted(peer) else "ca",
                 )
             )
         return found

@@ -157,6 +157,13 @@ class AttestationSettings(Model):
             description="Test roots of the reference file that count too, for tests only; `software-tpm` for software TPMs."
         ),
     ] = Field(default_factory=list)
+    tpm_roots: Annotated[
+        list[str],
+        Field(
+            description="Files of TPM makers' root (and intermediate) certificates: TPMs whose EK certificate leads to one count "
+            "as hardware when they are paired or enrolled."
+        ),
+    ] = Field(default_factory=list)
     tcti: Annotated[
         str,
         Field(max_length=256, description="Where the TPM is, as tpm2-tools have it; empty is `device:/dev/tpmrm0`."),

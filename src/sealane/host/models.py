@@ -326,7 +326,10 @@ class PolicyAnswer(Model):
 
 
 class PeerView(Model):
-    """A trusted host, what was last seen of it, and, where a VM was named, whether the policy would let it go there."""
+    """A trusted host, what was last seen of it, and, where a VM was named, whether the policy would let it go there.
+
+    `hardware` is what it showed when it was paired or enrolled; `trusted_by` says whether by itself or by the CA's word alone.
+    """
 
     name: Name
     fingerprint: Fingerprint
@@ -334,6 +337,8 @@ class PeerView(Model):
     port: int | None = None
     trust: PeerTrust
     decision: PolicyDecision | None = None
+    hardware: list[str] = Field(default_factory=list)
+    trusted_by: Literal["certificate", "ca"] = "certificate"
 
 
 class QueuePlace(Model):

@@ -15,6 +15,7 @@ from typing import Final, Protocol, TypeVar
 
 import structlog
 
+from sealane.attest.known import KnownHost
 from sealane.crypto.dsse import parse_certificate
 from sealane.crypto.identity import Identity
 from sealane.crypto.pake import Side
@@ -24,6 +25,7 @@ from sealane.host.migration.dialling import dial_peer
 from sealane.host.models import PairingStatus, Peer
 from sealane.host.peers import Peers
 from sealane.host.problems import problem_of
+from sealane.host.proving import Proving, check_secret, known_host_of
 from sealane.limits import (
     PAIRING_ANSWER_TIMEOUT_S,
     PAIRING_CONNECTIONS_MAX,
@@ -31,6 +33,8 @@ from sealane.limits import (
     PAIRING_TRIES,
 )
 from sealane.session.pairing import (
+    Answered,
+    Challenged,
     Done,
     Event,
     Offer,
@@ -72,22 +76,47 @@ class Terms(Protocol):
 
 
 class PeerTerms:
-    """Each host trusts the other by its fingerprint."""
+    """Each host trusts the other by its fingerprint, and keeps what it showed of its hardware and its software."""
 
-    def __init__(self, context: PairingContext) -> None:
-        self._context = context
+    def __init__(
+        self,
+        context: PairingContext,
+        show: Callable[[], dict[str, str]] = dict,
+        keep: Callable[[str, KnownHost | None], None] = lambda name, shown: None,
+    ) -> None:
+        """`show` gives what this host shows, `keep` takes what the other one has shown."""
+        self._context, self._show, self._keep = context, show, keep
 
     def endorsements(self, side: Side) -> dict[str, str]:
-        """Nothing."""
-        return {}
+        """Keys of the TPM and reference values, where this host has a TPM; raises `quoting.slow` while it still measures."""
+        return self._show()
 
     def check(self, side: Side, offer: Offer) -> None:
-        """Raises `trust.exists`."""
+        """Raises `trust.exists`, `peer.message`."""
+        self._known_host_of(offer)
         self._context.peers.check(_peer_of(offer, None, None))
 
     def conclude(self, side: Side, offer: Offer, address: str, port: int) -> Peer:
-        """Raises `trust.exists`."""
-        return self._context.peers.add(_peer_of(offer, address, port))
+        """Raises `trust.exists`, `peer.message`."""
+        shown = self._known_host_of(offer)
+        peer = self._context.peers.add(_peer_of(offer, address, port))
+        self._keep(peer.name, shown)
+        return peer
+
+    def _known_host_of(self, offer: Offer) -> KnownHost | None:
+        return known_host_of(offer, self._context.settings.attestation.tpm_roots, datetime.now(UTC))
+
+
+class NoProving:
+    """For a host that shows no TPM and asks for none."""
+
+    async def challenge(self, offer: Offer) -> tuple[bytes, bytes]:
+        """Nothing."""
+        return b"", b""
+
+    async def activate(self, credential: bytes) -> bytes:
+        """Nothing."""
+        return b""
 
 
 @dataclass
@@ -111,8 +140,9 @@ class PairingDesk:
         context: PairingContext,
         clock: Callable[[], float] = time.monotonic,
         terms: Mapping[Purpose, Terms] | None = None,
+        proving: Proving | None = None,
     ) -> None:
-        self._context, self._clock = context, clock
+        self._context, self._clock, self._proving = context, clock, proving or NoProving()
         self._terms: Mapping[Purpose, Terms] = terms or {"pairing": PeerTerms(context)}
         self._log = structlog.get_logger().bind(part="pairing")
         self._invitation: _Invitation | None = None
@@ -183,13 +213,19 @@ class PairingDesk:
         try:
             async with asyncio.timeout(PAIRING_ANSWER_TIMEOUT_S):
                 received = await wire.expect(OfferReceived)
+                terms.check("inviter", received.offer)
+                credential, secret = await self._proving.challenge(received.offer)
+                pairing.challenge(credential)
+                answered = await wire.expect(Answered)
+                check_secret(secret, answered.secret)
+                found = await self._proving.activate(answered.credential)
                 if invitation.over is not None:  # another one was faster
                     raise make_error("pairing.over")
                 address, *_ = connection.getpeername()
                 peer = terms.conclude("inviter", received.offer, _plain(str(address)), received.offer.port)
                 invitation.over = PairingStatus(state="paired", peer=peer, words=received.words)  # before anybody else
                 self._log.info("paired", peer=peer.name, fingerprint=peer.fingerprint, words=received.words)
-                pairing.accept()
+                pairing.accept(found)
                 await wire.flush()
         except SealaneError as error:
             await wire.refuse(error)
@@ -204,7 +240,7 @@ class PairingDesk:
             invitation.wrong += 1
             if invitation.wrong >= PAIRING_TRIES:
                 self._end(invitation, make_error("pairing.over", f"{PAIRING_TRIES} wrong codes were tried"))
-        elif error.code in {"trust.exists", "pairing.mismatch", "ca.exists"}:
+        elif error.code in {"trust.exists", "pairing.mismatch", "pairing.tpm", "ca.exists"}:
             self._end(invitation, error)
 
     def _answered(self, invitation: _Invitation, connection: socket.socket, task: asyncio.Task[None]) -> None:
@@ -245,7 +281,11 @@ class PairingDesk:
                 received = await wire.expect(OfferReceived)
                 terms.check("joiner", received.offer)
                 pairing.accept()
-                await wire.expect(Done)
+                challenged = await wire.expect(Challenged)
+                found = await self._proving.activate(challenged.credential)
+                credential, secret = await self._proving.challenge(received.offer)
+                pairing.answer(found, credential)
+                check_secret(secret, (await wire.expect(Done)).secret)
                 peer = terms.conclude("joiner", received.offer, _plain(address), port)
         except SealaneError as error:
             await wire.refuse(error)

@@ -13,6 +13,7 @@ class Peers:
     def __init__(self, store: Store, fleet: Callable[[], list[Peer]] = list) -> None:
         """`fleet` are the hosts that a CA vouches for: found by name, and behind those that are trusted by themselves."""
         self._store, self._fleet = store, fleet
+        self.on_remove: Callable[[str], None] = lambda name: None
 
     def check(self, peer: Peer) -> Peer:
         """The peer as `add` would keep it; raises what `add` raises, and changes nothing."""
@@ -39,6 +40,7 @@ class Peers:
         """Trust a host no longer; raises `trust.unknown`."""
         if not self._store.remove_peer(name):
             raise make_error("trust.unknown", f"no peer is called {name}")
+        self.on_remove(name)
 
     def everyone(self) -> list[Peer]:
         """All peers and the fleet's other hosts, by name."""

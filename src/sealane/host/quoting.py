@@ -141,7 +141,7 @@ class QuotingService:
             state=str(self._paths.state),
             run=str(self._paths.run),
             root=os.environ.get("SEALANE_SYSTEM_ROOT", "/"),
-            **settings.model_dump(exclude={"drivers", "again_every_s"}),
+            **settings.model_dump(exclude={"drivers", "again_every_s", "tpm_roots"}),
         )
 
     def _on_readable(self) -> None:

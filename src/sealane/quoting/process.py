@@ -4,6 +4,7 @@ An enclave's line is a socket pair that the agent made, with SO_PASSCRED at this
 and has to be the process that the agent named. An enclave whose files changed since they were measured gets no evidence.
 """
 
+import base64
 import contextlib
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any, Final
 
 from sealane.attest.asking import (
     QUESTION_MAX,
+    ActivationAsked,
     Cutter,
     EvidenceAsked,
     PolicyWanted,
@@ -115,6 +117,21 @@ class Platform:
                 values["tpm"] = {"keys": [{"digest": digest, "root": root}], "pcrs": {"sha256": driver.boot_values()}}
         return values
 
+    def shown_keys(self) -> dict[str, str]:
+        """The TPM's keys as another host needs them to have them proved, in base64; empty without a TPM."""
+        for driver in self.drivers:
+            if isinstance(driver, Tpm2Driver):
+                keys = {"ek": driver.endorsement_key(), "ak": driver.public, "ek-certificate": driver.ek_certificate()}
+                return {name: base64.b64encode(key).decode() for name, key in keys.items() if key}
+        return {}
+
+    def activate(self, credential: bytes) -> bytes:
+        """The secret in a credential for this host's TPM; raises HostError `quoting.driver`."""
+        for driver in self.drivers:
+            if isinstance(driver, Tpm2Driver):
+                return driver.activate(credential)
+        raise HostError("quoting.driver", "this host has no TPM")
+
     def policy(self) -> dict[str, bytes]:
         """What this host expects of peers; the files are read anew each time. Raises HostError `host.permission`."""
         settings = self.configuration
@@ -171,6 +188,7 @@ class QuotingProcess:
         self._platform: Platform | SealaneError | None = None
         self._selector = selectors.DefaultSelector()
         self._over = False
+        self._agent = os.getppid()
 
     def run(self) -> None:
         """Serve until the agent's end closes."""
@@ -201,6 +219,7 @@ class QuotingProcess:
                 self._tell(Unready(code=error.code, detail=error.detail))
             else:
                 self._tell(Ready(root_of_trust=self._platform.words))
+                _write_reference(Path(packet.run) / "tpm-keys.json", self._platform.shown_keys())
                 _write_reference(Path(packet.run) / "reference-values.json", self._platform.own_reference())
         elif isinstance(packet, Serve) and len(sockets) == 1:
             line = _Line(sockets[0], packet.pid, packet.binaries)
@@ -248,6 +267,10 @@ class QuotingProcess:
             case EvidenceAsked():
                 self._platform.measure_binaries(line.binaries)
                 return self._platform.evidence(question.user_data)
+            case ActivationAsked():
+                if line.pid != self._agent:
+                    raise HostError("quoting.failed", "only the agent may have a credential activated")
+                return {"secret": self._platform.activate(question.credential)}
 
     def _close(self, line: _Line) -> None:
         self._selector.unregister(line.connection)

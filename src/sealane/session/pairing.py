@@ -9,12 +9,17 @@ One host shows a code, the other is given it. A frame is `length u16 | kind u8 |
             <-------------------    PROOF
             <-------------------    OFFER   who the inviter is, sealed
     OFFER   ------------------->            who the joiner is, sealed: the inviter was acceptable
-            <-------------------    DONE    the joiner was acceptable, and is trusted there now
+            <-------------------    CHALLENGE   a credential that only the joiner's TPM opens
+    ANSWER  ------------------->            what was in it, and a credential for the inviter's TPM
+            <-------------------    DONE    what was in that; the joiner was acceptable, and is trusted there now
 
     T      = SHA-256("sealane pairing v1" or "sealane enrolment v1" || joiner's message || inviter's message)
     K      = SPAKE2's key; every other key is HKDF-Expand(K, label || T, 32)
     PROOF  = HMAC(key "joiner proof" or "inviter proof", T)
-    OFFER  = AES-256-GCM(key "joiner offer" or "inviter offer"); DONE likewise, empty, with the next nonce
+    OFFER  = AES-256-GCM(key "joiner offer" or "inviter offer"); the others likewise, each with the next nonce
+
+Credentials are those of TPM 2.0's credential activation (part 1, 24), empty where a host shows no TPM: each end has the other's
+TPM prove that the attestation key that it shows lives beside its endorsement key.
 
 An offer is signed by its identity's key over T and the side, so that nobody offers another's certificate. The words that
 both screens show come from K, T and both fingerprints: somebody in between, even one who knows the code, has two different
@@ -52,7 +57,9 @@ _NUMBERS: Final = 99
 _CODE: Final = re.compile(r"^([1-9][0-9]?)-([a-z]+)-([a-z]+)$")
 _NAME: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 # What an end may say when it gives up; anything else is told as a broken peer.
-_REFUSALS: Final = frozenset({"pairing.code", "pairing.over", "pairing.mismatch", "trust.exists", "ca.exists"})
+_REFUSALS: Final = frozenset(
+    {"pairing.code", "pairing.over", "pairing.mismatch", "pairing.tpm", "trust.exists", "ca.exists"}
+)
 
 
 class FrameKind(IntEnum):
@@ -63,14 +70,18 @@ class FrameKind(IntEnum):
     OFFER = 3
     DONE = 4
     REFUSE = 5
+    CHALLENGE = 6
+    ANSWER = 7
 
 
 _LENGTHS: Final = {
     FrameKind.HELLO: (MESSAGE_BYTES, MESSAGE_BYTES),
     FrameKind.PROOF: (32, 32),
     FrameKind.OFFER: (TAG_BYTES + 2, OFFER_BYTES_MAX),
-    FrameKind.DONE: (TAG_BYTES, TAG_BYTES),
+    FrameKind.DONE: (TAG_BYTES, 4096),
     FrameKind.REFUSE: (2, 200),
+    FrameKind.CHALLENGE: (TAG_BYTES, 4096),
+    FrameKind.ANSWER: (TAG_BYTES, 8192),
 }
 
 
@@ -97,11 +108,28 @@ class OfferReceived:
 
 
 @dataclass(frozen=True)
+class Challenged:
+    """A credential for this host's TPM (told to the joiner); empty where it shows none. `answer` it."""
+
+    credential: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What the joiner's TPM found in its credential, and one for this host's (told to the inviter). `accept` or `refuse`."""
+
+    secret: bytes = field(repr=False)
+    credential: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Done:
-    """The inviter trusts the joiner (told to the joiner)."""
+    """The inviter trusts the joiner (told to the joiner); `secret` is what the inviter's TPM found."""
+
+    secret: bytes = field(repr=False, default=b"")
 
 
-Event: TypeAlias = CodeProved | OfferReceived | Done
+Event: TypeAlias = CodeProved | OfferReceived | Challenged | Answered | Done
 
 
 def make_code(choose: Callable[[int], int] = secrets.randbelow) -> str:
@@ -169,16 +197,26 @@ class Pairing:
             events += self._take(kind, payload)
         return events
 
-    def accept(self) -> None:
-        """The offer that came is acceptable: the joiner answers with its own, the inviter ends with DONE."""
+    def accept(self, secret: bytes = b"") -> None:
+        """The other end is acceptable: the joiner answers an offer with its own, the inviter an answer with DONE."""
         if not self._accepting:
             raise InternalError("internal.error", "nothing was offered")
         self._accepting = False
         if self._side == "joiner":
             self._send(FrameKind.OFFER, self._seal(self._encode_offer(), 0))
-            self._awaited = FrameKind.DONE
+            self._awaited = FrameKind.CHALLENGE
         else:
-            self._send(FrameKind.DONE, self._seal(b"", 1))
+            self._send(FrameKind.DONE, self._seal(_encode_parts(secret=secret), 2))
+
+    def challenge(self, credential: bytes) -> None:
+        """Inviter: have the joiner's TPM prove itself before it is accepted; empty where it shows none."""
+        self._send(FrameKind.CHALLENGE, self._seal(_encode_parts(credential=credential), 1))
+        self._accepting, self._awaited = False, FrameKind.ANSWER
+
+    def answer(self, secret: bytes, credential: bytes) -> None:
+        """Joiner: what this host's TPM found, and a credential for the inviter's."""
+        self._send(FrameKind.ANSWER, self._seal(_encode_parts(secret=secret, credential=credential), 1))
+        self._awaited = FrameKind.DONE
 
     def refuse(self, error: SealaneError) -> None:
         """Tell the other end why this one gives up."""
@@ -201,9 +239,14 @@ class Pairing:
                 return self._take_proof(payload)
             case FrameKind.OFFER:
                 return [self._take_offer(payload)]
+            case FrameKind.CHALLENGE:
+                self._awaited = FrameKind.REFUSE
+                return [Challenged(*_parse_parts(self._open(payload, 1), "credential"))]
+            case FrameKind.ANSWER:
+                self._accepting, self._awaited = True, FrameKind.REFUSE
+                return [Answered(*_parse_parts(self._open(payload, 1), "secret", "credential"))]
             case FrameKind.DONE:
-                self._open(payload, 1)
-                return [Done()]
+                return [Done(*_parse_parts(self._open(payload, 2), "secret"))]
             case FrameKind.REFUSE:
                 raise _parse_refusal(payload)
 
@@ -309,6 +352,18 @@ class Pairing:
 
     def _send(self, kind: FrameKind, payload: bytes) -> None:
         self._out += _FRAME.pack(len(payload) + 1, kind) + payload
+
+
+def _encode_parts(**parts: bytes) -> bytes:
+    return json.dumps({name: base64.b64encode(part).decode() for name, part in parts.items()}).encode()
+
+
+def _parse_parts(data: bytes, *names: str) -> list[bytes]:
+    try:
+        value: Any = json.loads(data)
+        return [base64.b64decode(value[name], validate=True) for name in names]
+    except (ValueError, KeyError, TypeError, RecursionError, binascii.Error):
+        raise PeerError("peer.message", "what the other end sent does not fit") from None
 
 
 def _parse_refusal(payload: bytes) -> SealaneError:

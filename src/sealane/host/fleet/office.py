@@ -5,13 +5,12 @@ A connection proves itself by TLS within a time; few are served at once. Whoever
 
 import asyncio
 import base64
-import json
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import structlog
 
@@ -22,12 +21,13 @@ from sealane.crypto.authority import Authority
 from sealane.crypto.identity import Identity
 from sealane.crypto.signatures import parse_public_key
 from sealane.enclave.quoting import make_judge_maker
-from sealane.errors import HostError, PeerError, SealaneError, for_peer, make_error
+from sealane.errors import HostError, PeerError, SealaneError, for_peer
 from sealane.host.config import Settings
 from sealane.host.fleet.evidence import ask_quoting
 from sealane.host.fleet.registry import FleetHost, Registry
 from sealane.host.fleet.wire import Wire
 from sealane.host.models import Peer
+from sealane.host.proving import known_host_of
 from sealane.host.quoting import QuotingService
 from sealane.session.pairing import Offer
 from sealane.session.renewal import Asked, Grant, Renewal, Shown
@@ -36,7 +36,6 @@ from sealane.session.vouching import Claims
 # A quote of a slow TPM and the way there and back; and how many hosts are served at once.
 SERVE_TIMEOUT_S: Final = 60.0
 SERVED_MAX: Final = 16
-_REFERENCE: Final = "reference"
 
 
 class OfficeContext(Protocol):
@@ -169,9 +168,16 @@ class Office:
         self.open()
         return {"authority": base64.b64encode(self.registry.certificate_pem).decode()}
 
+    def check(self, offer: Offer) -> None:
+        """Raise what speaks against a host that comes with the code: PeerError `peer.message`, `pairing.tpm`."""
+        self._known_host_of(offer)
+
+    def _known_host_of(self, offer: Offer) -> KnownHost | None:
+        return known_host_of(offer, self._context.settings.attestation.tpm_roots, self._clock())
+
     def enrol(self, offer: Offer, address: str, port: int) -> Peer:
         """The host that came with the code is approved; raises `trust.exists`, PeerError `peer.message`."""
-        certificate = offer.certificate
+        certificate, shown = offer.certificate, self._known_host_of(offer)
         host = FleetHost(
             name=certificate.name,
             fingerprint=certificate.fingerprint,
@@ -179,7 +185,8 @@ class Office:
             state="approved",
             address=address,
             port=port,
-            reference=_reference_of(offer),
+            reference="" if shown is None else shown.reference,
+            hardware_keys=() if shown is None else tuple(shown.hardware_keys),
         )
         self.registry.enrol(host, now=self._clock())
         return Peer(name=host.name, fingerprint=host.fingerprint, address=address, port=port)
@@ -193,19 +200,3 @@ def read_passphrase(path: str) -> bytes | None:
         return Path(path).read_bytes().partition(b"\n")[0]
     except OSError as error:
         raise HostError("ca.locked", f"{path}: {error.strerror}") from error
-
-
-def _reference_of(offer: Offer) -> str:
-    """The reference values that the host shows, as text that can be read; empty where it shows none."""
-    encoded = offer.endorsements.get(_REFERENCE)
-    if encoded is None:
-        return ""
-    try:
-        text = base64.b64decode(encoded, validate=True).decode()
-        value: Any = json.loads(text)
-        KnownHost(reference=text).parsed()
-    except (ValueError, SealaneError, RecursionError):
-        raise PeerError("peer.message", "the host's reference values cannot be read") from None
-    if not isinstance(value, dict):
-        raise make_error("peer.message", "the host's reference values are no object")
-    return text

@@ -36,6 +36,7 @@ _RENEW_TIMEOUT_S: Final = 60.0
 # After a renewal that failed, however short a certificate lives.
 _RETRY_S: Final = 30.0
 _REFERENCE_FILE: Final = "reference-values.json"
+_KEYS_FILE: Final = "tpm-keys.json"
 
 
 class RenewingContext(Protocol):
@@ -159,9 +160,11 @@ class EnrolmentTerms:
         return shown_reference(self._context.paths)
 
     def check(self, side: Side, offer: Offer) -> None:
-        """The joiner looks whether it may belong to this CA."""
+        """The joiner looks whether it may belong to this CA, the CA at what the host shows of itself."""
         if side == "joiner":
             self._membership.check(_authority_of(offer))
+        else:
+            self._office.check(offer)
 
     def conclude(self, side: Side, offer: Offer, address: str, port: int) -> Peer:
         """The CA enrols the host; the host keeps the CA's certificate and where its host is."""
@@ -183,11 +186,12 @@ def shown_reference(paths: Paths) -> dict[str, str]:
     try:
         text = (paths.run / _REFERENCE_FILE).read_bytes()
         hosts = json.loads(text).get("hosts")
+        keys = json.loads((paths.run / _KEYS_FILE).read_bytes())
     except FileNotFoundError:
         raise make_error("quoting.slow", "this host has not measured itself yet") from None
     except (OSError, ValueError) as error:
         raise make_error("quoting.failed", f"{_REFERENCE_FILE} cannot be read: {type(error).__name__}") from error
-    return {"reference": base64.b64encode(text).decode()} if hosts else {}
+    return {"reference": base64.b64encode(text).decode(), **keys} if hosts else {}
 
 
 def _authority_of(offer: Offer) -> bytes:

@@ -23,6 +23,8 @@ _BOOT_AND_IMA: Final = tuple(range(11))
 # TCG's provisioning guidance: 0x81010001 is the RSA endorsement key's; 0x81010000-0x8101ffff is the owner's of such keys.
 _EK_HANDLE: Final = "0x81010001"
 _AK_HANDLE: Final = "0x81015ea1"
+# TCG EK Credential Profile, 2.2.1.4: the certificate of the RSA 2048 endorsement key.
+_EK_CERTIFICATE_NV: Final = "0x01c00002"
 _TOOL_TIMEOUT_S: Final = 30.0
 _DIGEST_BYTES: Final = 32
 # TPM commands extend one digest each; a command line holds some hundred.
@@ -90,6 +92,14 @@ class Tpm2Driver:
     def endorsement_key(self) -> bytes:
         """The public area of the endorsement key (TPM2B_PUBLIC)."""
         return self._output("tpm2_readpublic", "-c", _EK_HANDLE, out="-o")
+
+    def ek_certificate(self) -> bytes:
+        """What the TPM's maker issued for the RSA endorsement key (DER), from NV; empty where it was not provisioned."""
+        try:
+            content = self._output("tpm2_nvread", "-C", "o", _EK_CERTIFICATE_NV, out="-o")
+        except HostError:
+            return b""
+        return _without_padding(content)
 
     def activate(self, credential: bytes) -> bytes:
         """The secret in a credential that was made for these two keys (see `quoting.enrolment`)."""
@@ -169,6 +179,13 @@ class Tpm2Driver:
             said = " ".join(done.stderr.decode(errors="replace").split())[-300:]
             raise HostError("quoting.driver", f"{words[0]} at {self._tcti}: {said}")
         return done.stdout
+
+
+def _without_padding(der: bytes) -> bytes:
+    """Some makers fill the index up behind the certificate; its first four bytes tell its length (X.690, 8.1.3)."""
+    if der[:2] != b"\x30\x82":
+        return b""
+    return der[: 4 + int.from_bytes(der[2:4], "big")]
 
 
 def _cut(data: bytes, pcrs: Sequence[int]) -> dict[int, bytes]:
