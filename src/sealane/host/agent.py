@@ -132,7 +132,7 @@ class Agent:
         known = KnownHostsFile(paths)
         self.membership.on_change = KnownFleet(self.membership, known).refresh
         self.peers.on_remove = lambda name: known.note_paired(name, None)
-        pairing = PeerTerms(self, lambda: shown_reference(paths), known.note_paired)
+        pairing = PeerTerms(self, lambda: shown_reference(paths, settings), known.note_paired)
         enrolment = EnrolmentTerms(self, self.office, self.membership)
         proving = TpmProving(self.quoting.connect_agent)
         self.pairing = PairingDesk(self, terms={"pairing": pairing, "enrolment": enrolment}, proving=proving)

@@ -157,7 +157,7 @@ class EnrolmentTerms:
         """The CA shows its certificate, the host its reference values. Raises `ca.none`, `ca.locked`, `ca.exists`."""
         if side == "inviter":
             return self._office.endorsement()
-        return shown_reference(self._context.paths)
+        return shown_reference(self._context.paths, self._context.settings)
 
     def check(self, side: Side, offer: Offer) -> None:
         """The joiner looks whether it may belong to this CA, the CA at what the host shows of itself."""
@@ -178,11 +178,13 @@ class EnrolmentTerms:
         return Peer(name=certificate.name, fingerprint=certificate.fingerprint, address=address, port=port)
 
 
-def shown_reference(paths: Paths) -> dict[str, str]:
-    """What this host shows of its hardware: its own values where it has a root of trust in hardware or a TPM, else nothing.
+def shown_reference(paths: Paths, settings: Settings) -> dict[str, str]:
+    """What this host shows of its hardware: keys and its own values where it has a TPM, else nothing.
 
     Raises `quoting.slow` while it still measures.
     """
+    if "tpm2" not in settings.attestation.drivers:
+        return {}
     try:
         text = (paths.run / _REFERENCE_FILE).read_bytes()
         hosts = json.loads(text).get("hosts")
