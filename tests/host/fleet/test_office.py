@@ -142,7 +142,7 @@ async def test_a_revoked_host_gets_nothing(fleet: Fleet) -> None:
     fleet.registry.revoke("source", now=NOW)
     for want in ("certificate", "news"):
         with pytest.raises(SealaneError, match=r"ca\.revoked"):
-            await fleet.host.renew(want)  # type: ignore[arg-type]
+            await fleet.host.renew(want)
     problem = fleet.host.status().problem
     assert problem is not None
     assert problem.code == "ca.revoked"
