@@ -9,12 +9,17 @@ import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import uvicorn
 
+from sealane.cli.output import Output
+from sealane.cli.output import Settings as OutputSettings
+from sealane.cli.pair import compare_words
 from sealane.crypto.identity import create_identity, save_identity
+from sealane.errors import SealaneError
 from sealane.host.agent import Agent
 from sealane.host.api import create_app
 from sealane.host.callers import CallerProtocol
@@ -193,3 +198,17 @@ def test_receipts_verify(kept: ReceiptHost, run: Run, tmp_path: Path) -> None:
 def test_receipts_of_a_host_that_has_none(run: Run) -> None:
     assert run("receipts", "list").stdout == "no receipts yet\n"
     assert run("receipts", "verify").exit_code == 0
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_words_that_differ_are_said_at_the_terminal(same: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[str] = []
+    agent = SimpleNamespace(remove_peer=removed.append)
+    monkeypatch.setattr("typer.confirm", lambda question: same)
+    out = Output(OutputSettings())
+    if same:
+        compare_words(agent, "host-b", out, asks=True)  # type: ignore[arg-type]
+    else:
+        with pytest.raises(SealaneError, match=r"pairing\.mismatch"):
+            compare_words(agent, "host-b", out, asks=True)  # type: ignore[arg-type]
+    assert removed == ([] if same else ["host-b"])

@@ -1,5 +1,6 @@
 """`sealane pair`: two hosts learn to trust each other by a short code, without files."""
 
+import sys
 import time
 from typing import Annotated, Final
 
@@ -8,7 +9,7 @@ from pydantic import ValidationError
 
 from sealane.cli import format as words
 from sealane.cli.client import AgentClient
-from sealane.cli.output import Output, command
+from sealane.cli.output import Output, command, is_terminal
 from sealane.errors import UsageError, make_error
 from sealane.host.models import PairingRequest, PairingStatus
 
@@ -46,14 +47,26 @@ def pair(
         else:
             out.detail(f"asking {host}")
             status = agent.join(pairing_request(host, code or ""))
-    out.object(status.model_dump(mode="json"))
-    if status.problem is not None or status.peer is None:
-        problem = status.problem
-        raise make_error(problem.code, problem.detail, mend=problem.mend) if problem else make_error("pairing.over")
-    out.line(f"✓ paired with {status.peer.name}   both screens must show:  {status.words}")
-    out.detail(f"  {status.peer.fingerprint}")
-    out.detail(f"  at {words.show_address(status.peer.address or '-', status.peer.port)}")
-    out.line(f"  If the other screen shows anything else: sealane trust remove {status.peer.name}")
+        out.object(status.model_dump(mode="json"))
+        if status.problem is not None or status.peer is None:
+            problem = status.problem
+            raise make_error(problem.code, problem.detail, mend=problem.mend) if problem else make_error("pairing.over")
+        out.line(f"✓ paired with {status.peer.name}   both screens must show:  {status.words}")
+        out.detail(f"  {status.peer.fingerprint}")
+        out.detail(f"  at {words.show_address(status.peer.address or '-', status.peer.port)}")
+        compare_words(agent, status.peer.name, out, asks=out.live and is_terminal(sys.stdin))
+
+
+def compare_words(agent: AgentClient, name: str, out: Output, *, asks: bool) -> None:
+    """Have somebody at a terminal compare the words; raises `pairing.mismatch`, once nothing of the other host is kept."""
+    if not asks:
+        out.line(f"  If the other screen shows anything else: sealane trust remove {name}")
+        return
+    if not typer.confirm("  Does the other screen show the same words?"):
+        agent.remove_peer(name)
+        raise make_error(
+            "pairing.mismatch", f"the words differ; {name} is not trusted, and what it showed is forgotten"
+        )
 
 
 def show_code(agent: AgentClient, out: Output, status: PairingStatus, words_there: str) -> PairingStatus:
