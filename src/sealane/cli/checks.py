@@ -159,7 +159,8 @@ _KERNEL_MENDS: Final = {
     "memfd_secret": "a kernel with CONFIG_SECRETMEM, booted with secretmem.enable=1 before Linux 6.5",
     "Landlock": "a kernel with CONFIG_SECURITY_LANDLOCK and `landlock` in lsm=",
     "seccomp": "a kernel with CONFIG_SECCOMP_FILTER",
-    "userfaultfd": "a kernel with CONFIG_USERFAULTFD; only post-copy needs it",
+    "userfaultfd": "only --on-stall postcopy towards this host needs it: run QEMU as root, let its user open /dev/userfaultfd, or "
+    "set vm.unprivileged_userfaultfd=1 (and a kernel with CONFIG_USERFAULTFD)",
     "pidfd": "Linux 5.3 or later",
     "tun": "load the module tun; only guests with tap devices need it",
 }
