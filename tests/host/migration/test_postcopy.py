@@ -8,10 +8,12 @@ import pytest
 
 from sealane.enclave.interface import PeerEstablished
 from sealane.errors import SealaneError
+from sealane.host.migration.checks import check_postcopy
 from sealane.host.migration.destination import is_half_of
 from sealane.host.migration.messages import PostcopyTicket, Rejoin
 from sealane.host.migration.postcopy_destination import Arrival
 from sealane.host.models import Migration
+from sealane.seal.protect import PROTECTIONS, SEALED
 from sealane.session.handover import Handover, Role, State
 
 MINE, OTHER = "SHA256:" + "a" * 64, "SHA256:" + "b" * 64
@@ -60,3 +62,26 @@ async def test_an_epoch_that_was_here_is_not_held() -> None:
     arrival = Arrival(cast(Any, job), Handover(Role.DESTINATION, State.COPYING), nothing, nothing, 1, nothing)
     with pytest.raises(SealaneError, match=r"handover\.refused"):
         await arrival.take(PostcopyTicket(vm="web01", epoch=5), 5)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "channels", "facts", "allowed"),
+    [
+        ({"postcopy-ram"}, None, {}, True),
+        ({"postcopy-ram"}, 0, {}, True),
+        ({"multifd"}, None, {}, False),
+        ({"postcopy-ram", "multifd"}, 2, {}, False),
+        ({"postcopy-ram"}, None, {"has_vtpm": True}, False),
+        *(({"postcopy-ram"}, None, {"protection": name}, False) for name in PROTECTIONS if name != SEALED),
+    ],
+)
+def test_what_does_not_go_by_postcopy(
+    capabilities: set[str], channels: int | None, facts: dict[str, Any], allowed: bool
+) -> None:
+    vm = cast(Any, SimpleNamespace(capabilities=frozenset(capabilities), qemu_version=(10, 0, 2)))
+    every: dict[str, Any] = {"has_vtpm": False, "protection": SEALED, **facts}
+    if allowed:
+        check_postcopy(vm, channels, **every)
+    else:
+        with pytest.raises(SealaneError, match=r"check\.postcopy"):
+            check_postcopy(vm, channels, **every)

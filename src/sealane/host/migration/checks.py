@@ -7,6 +7,7 @@ from sealane.errors import ControlError
 from sealane.host.migration.messages import Prepare
 from sealane.hypervisor.driver import VmDescription
 from sealane.limits import GIB, MIB, MULTIFD_CHANNELS_DEFAULT
+from sealane.seal.protect import SEALED
 
 # Without these a migration cannot be handed over: QEMU must wait for our word, and say how it went.
 NEEDED_CAPABILITIES: Final = frozenset({"return-path", "events", "pause-before-switchover"})
@@ -73,14 +74,19 @@ def check_same_machine(wanted: Prepare, here: VmDescription) -> None:
         raise ControlError("check.capabilities", f"the destination's QEMU lacks {', '.join(sorted(missing))}")
 
 
-def check_postcopy(vm: VmDescription, multifd_channels: int | None, *, has_vtpm: bool) -> None:
-    """Raise where this QEMU cannot do postcopy, or not with the multifd channels that were asked for.
+def check_postcopy(vm: VmDescription, multifd_channels: int | None, *, has_vtpm: bool, protection: str) -> None:
+    """Raise where this QEMU cannot do postcopy, or not with what else was asked for.
 
-    A TPM of the VM's own must have left its host when the VM runs elsewhere, and in postcopy nobody can say that of both yet.
+    A TPM of the VM's own must have left its host when the VM runs elsewhere, and in postcopy nobody can say that of both yet. A
+    protection that tells pages apart goes by what they were when the source last looked, and was never tried on postcopy's lanes.
     """
+    if protection != SEALED:
+        raise ControlError(
+            "check.postcopy", "postcopy goes sealed: leave --protection out", mend="choose another --on-stall"
+        )
     if has_vtpm:
         raise ControlError(
-            "check.postcopy", "a VM with a TPM of its own does not go by postcopy: leave --on-stall postcopy out"
+            "check.postcopy", "a VM with a TPM of its own does not go by postcopy", mend="choose another --on-stall"
         )
     if POSTCOPY not in vm.capabilities:
         raise ControlError("check.postcopy", "this QEMU has no postcopy-ram")

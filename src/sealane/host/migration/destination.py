@@ -430,7 +430,8 @@ class DestinationMigration(Job):
         if (link := await self._context.vtpms.link(self._vm)) is not None:
             self._enclave.call(AttachVtpm(), link)
         if self._prepare.postcopy:
-            check_postcopy(here, channels, has_vtpm=self._prepare.vtpm is not None or self._vm.vtpm is not None)
+            has_vtpm = self._prepare.vtpm is not None or self._vm.vtpm is not None
+            check_postcopy(here, channels, has_vtpm=has_vtpm, protection=self.migration.protection)
             self._preempt = choose_preempt(frozenset(self._prepare.capabilities), here.capabilities)
         parameters = MigrationParameters(
             multifd_channels=channels, postcopy=self._prepare.postcopy, postcopy_preempt=self._preempt

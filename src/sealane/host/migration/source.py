@@ -177,7 +177,8 @@ class SourceMigration(Job):
         self._ran_before = True
         check_source(vm)
         if self._may_postcopy:
-            check_postcopy(vm, self._request.multifd_channels, has_vtpm=self._vm.vtpm is not None)
+            channels, protection = self._request.multifd_channels, self.migration.protection
+            check_postcopy(vm, channels, has_vtpm=self._vm.vtpm is not None, protection=protection)
         return vm
 
     @property
