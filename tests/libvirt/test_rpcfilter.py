@@ -215,6 +215,7 @@ def test_another_migration_is_refused(said: bytes, words: str) -> None:
         (finish({"destination_name": "other"}), "another domain's migration"),
         (finish(flags=FLAGS & ~MigrateFlag.PAUSED), "runs as soon as"),
         (finish({"listen_address": "::"}), "this listen_address"),
+        (finish({"migrate_uri": "tcp://0.0.0.0:49152"}), "this migrate_uri"),
         (finish(cookie=f"<qemu-migration>{domain_xml('other')}</qemu-migration>"), "another domain"),
     ],
 )
@@ -259,6 +260,32 @@ def test_bytes_that_are_no_message_end_it(said: bytes) -> None:
     assert raised.value.code == "libvirt.malformed"
 
 
+def test_padding_that_is_not_zero_ends_it() -> None:
+    for good, bad in ((b"system\0\0", b"system\0\1"), (b"\0\0\0\x0e", b"\0\0\0\x0d")):
+        changed = connect_open().replace(good, bad)
+        assert changed != connect_open()
+        with pytest.raises(PeerError) as raised:
+            say(auth_list()).from_source(changed)
+        assert raised.value.code == "libvirt.malformed"
+
+
+@pytest.mark.parametrize(
+    "values", [{f"a{number}": 1 for number in range(RPC_PARAMETERS_MAX + 1)}, {"migrate_uri": SOCKET + "\0"}]
+)
+def test_too_many_parameters_or_a_zero_byte_end_it(values: Mapping[str, str | int]) -> None:
+    with pytest.raises(PeerError) as raised:
+        say(*opened()).from_source(prepare(values))
+    assert raised.value.code == "libvirt.malformed"
+
+
+def test_a_length_that_is_no_multiple_of_four_ends_it() -> None:
+    with pytest.raises(PeerError) as raised:
+        RpcFilter(AGREED).from_source((HEADER_BYTES + 1).to_bytes(4, "big") + auth_list()[4:] + b"x")
+    assert raised.value.code == "libvirt.malformed"
+    with pytest.raises(PeerError):
+        MessageReader().feed((HEADER_BYTES + 1).to_bytes(4, "big") + auth_list()[4:] + b"x")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -287,6 +314,7 @@ def test_only_answers_to_what_was_asked_go_back() -> None:
     answer = reply(Procedure.AUTH_LIST, 0)
     assert rpc.from_daemon(reply(Procedure.AUTH_LIST, 1)) == b""
     assert rpc.from_daemon(message(1, kind=2)) == b""  # an event
+    assert rpc.from_daemon(message(Procedure.AUTH_LIST, kind=2)) == b""
     rpc = RpcFilter(AGREED)
     rpc.from_source(auth_list())
     assert rpc.from_daemon(answer) == answer

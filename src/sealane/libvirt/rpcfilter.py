@@ -141,9 +141,10 @@ class RpcFilter:
     def _judge_reply(self, message: RpcMessage) -> bytes:
         if message.program == KEEPALIVE_PROGRAM:
             return _keepalive(message)
-        asked = self._waiting.pop(message.serial, None)
+        asked = self._waiting.get(message.serial)
         if message.program != REMOTE_PROGRAM or message.kind != MessageType.REPLY or asked != message.procedure:
             return b""  # an event, or what was not asked for: libvirtd is ours, so this is no attack
+        del self._waiting[message.serial]
         if asked == Procedure.DOMAIN_MIGRATE_FINISH3_PARAMS and message.status == 0:
             self.has_finished = True
         return message.raw
