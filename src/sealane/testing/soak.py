@@ -107,7 +107,12 @@ class Soak:
         last = self._await_rest(begun, "none")
         self._follow(last)
         resolved = "" if last.resolution is None else ", after a doubt"
-        ending = f"{disturbance}: {last.state}{resolved}"
+        why = "" if last.problem is None else f" ({last.problem.code})"
+        ending = f"{disturbance}: {last.state}{why}{resolved}"
+        if disturbance == "none" and last.state != "completed":
+            self.story.problems.append(
+                f"move {self.story.moves + 1}, undisturbed: {last.state}{why}: {last.detail}"[:500]
+            )
         self.story.moves += 1
         self.story.endings[ending] = self.story.endings.get(ending, 0) + 1
         return ending
