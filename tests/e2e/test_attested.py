@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import pytest
 from sealane.host.models import Migration
 from sealane.testing.attested import AttestedHosts
 from sealane.testing.qemu import find_qemu
+from tests.e2e.refusals import assert_refused
 from tests.e2e.rig import SLOWLY, Rig, make_rig
+from tests.e2e.test_policy import last_words, policy
 
 pytestmark = pytest.mark.e2e
 
@@ -96,10 +99,23 @@ def test_a_peer_that_is_not_what_was_expected(rig: Rig, judge: str, change: Chan
         attempt = rig.attempt()
     finally:
         path.write_text(kept)
-    assert attempt.source.state == "aborted"
-    assert attempt.code == code, attempt.source.problem
-    assert attempt.source.progress.bytes_wire == 0
-    rig.assert_goes_on()
+    assert_refused(rig, attempt, code, getattr(rig, judge))
+
+
+@pytest.mark.parametrize("judge", ["home", "away"])
+def test_a_policy_that_changed_counts_when_the_peer_attests_again(rig: Rig, judge: str) -> None:
+    """The copy began with a yes; the next round of attestation asks anew, and the VM stays where it is."""
+    end = getattr(rig, judge)
+    begun = ExitStack()
+    with begun:
+        attempt = rig.attempt(
+            during=lambda _: begun.enter_context(policy(end, "forbid (principal, action, resource);")), **SLOWLY
+        )
+    rig.assert_aborted(attempt, "policy.denied", destination=["policy.denied"])
+    assert attempt.source.progress.bytes_wire > 0
+    assert last_words(end)[:2] == ("policy.denied", "deny")
+    other = rig.away if judge == "home" else rig.home
+    assert last_words(other)[:2] == ("policy.denied", "allow")
 
 
 def test_a_tpm_that_measures_something_else_in_mid_copy_ends_it(rig: Rig) -> None:

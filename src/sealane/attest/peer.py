@@ -3,6 +3,7 @@
 Unknown evidence refuses, and so does none. Which code a refusal has follows from its reasons, the most telling first.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -57,6 +58,14 @@ class Expectations(BaseModel):
         )
 
 
+class PeerRejected(AttestationRejected):
+    """Refused by a verdict, which is kept for the receipt; `evidence` has the SHA-256 of each piece."""
+
+    def __init__(self, code: str, detail: str, verdict: Verdict, evidence: Mapping[str, str]) -> None:
+        super().__init__(code, detail)
+        self.verdict, self.evidence = verdict, evidence
+
+
 @dataclass(frozen=True)
 class PeerJudge:
     """Appraises one peer, known by the name and the key of its certificate (SHA-256 of the SubjectPublicKeyInfo).
@@ -79,14 +88,14 @@ class PeerJudge:
         if reference.tpm is not None:
             bare["tpm"] = reference.tpm.model_copy(update={"pcrs": None})
         verdict = self._verdict(evidence, reference.model_copy(update=bare))
-        self._check_hardware(verdict)
-        _accept(self.name, verdict)
+        self._check_hardware(verdict, evidence)
+        _accept(self.name, verdict, evidence)
 
     def appraise(self, evidence: Mapping[str, bytes], report_data: bytes) -> Verdict:
         """Everything together. Raises AttestationRejected."""
         verdict = self._verdict(evidence, self._reference(report_data))
-        self._check_hardware(verdict)
-        _accept(self.name, verdict)
+        self._check_hardware(verdict, evidence)
+        _accept(self.name, verdict, evidence)
         return verdict
 
     @property
@@ -95,15 +104,14 @@ class PeerJudge:
         named = self.reference.peers is not None and self.name in self.reference.peers
         return None if named else self.introduced
 
-    def _check_hardware(self, verdict: Verdict) -> None:
+    def _check_hardware(self, verdict: Verdict, evidence: Mapping[str, bytes]) -> None:
         """A host that was introduced with its hardware shows that hardware again: another one, or none, is another host."""
         known = set(self._own.hosts or ()) if self._own is not None else set()
         shown = {name for one in verdict.appraisals for name in one.facts.get("host", [])}
         if known and not shown & known and not _is_unbound(verdict):
             said = ", ".join(sorted(shown))[:200] or "none"
-            raise AttestationRejected(
-                "attest.hardware-changed", f"{self.name} was introduced with other hardware: {said}"
-            )
+            words = f"{self.name} was introduced with other hardware: {said}"
+            raise PeerRejected("attest.hardware-changed", words, verdict, digests_of(evidence))
 
     def _reference(self, report_data: bytes) -> Reference:
         bound = {"user_data": report_data.hex(), "identity_key": self.key_digest}
@@ -126,15 +134,20 @@ def _is_unbound(verdict: Verdict) -> bool:
     return any(reason.code in _CODES[0][1] for reason in verdict.reasons)
 
 
-def _accept(name: str, verdict: Verdict) -> None:
-    """Raise AttestationRejected with the code of the most telling reason, unless the verdict is an accepted one."""
+def digests_of(evidence: Mapping[str, bytes]) -> dict[str, str]:
+    """SHA-256 of each piece, by name."""
+    return {name: hashlib.sha256(content).hexdigest() for name, content in sorted(evidence.items())}
+
+
+def _accept(name: str, verdict: Verdict, evidence: Mapping[str, bytes]) -> None:
+    """Raise PeerRejected with the code of the most telling reason, unless the verdict is an accepted one."""
     if verdict.accepted:
         return
     said = {reason.code for reason in verdict.reasons if reason.severity is Severity.REFUSAL}
     code = next((code for code, reasons in _CODES if said & reasons), "attest.refused" if said else "attest.level")
     sentences = verdict.why_not()
     more = f" (and {len(sentences) - _SHOWN} more)" if len(sentences) > _SHOWN else ""
-    raise AttestationRejected(code, f"{name}: {'; '.join(sentences[:_SHOWN])}{more}")
+    raise PeerRejected(code, f"{name}: {'; '.join(sentences[:_SHOWN])}{more}", verdict, digests_of(evidence))
 
 
 def summarise(verdict: Verdict, evidence: Mapping[str, str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ else connects the two processes but the descriptors that are handed over. Order:
     agent    AttachVm + connection    (destination) dialled only now: QEMU takes a silent connection for a stream
     enclave  Counters, now and then
              LanesClosed              every lane was closed by both ends; the digest is the same at both
+    enclave  PeerSeen                 after each later round of attestation, and before Failed where the peer is known
     agent    WatchGuest + files       (source, where pages are told apart) how to read the guest's memory
              ClassifyPages            once at the start, at each iteration and at the switch-over
     enclave  PagesClassified          (or GuestUnknown) what was found; the lanes did not wait for it
@@ -187,6 +188,27 @@ class PeerEstablished:
 
 
 @dataclass(frozen=True)
+class PeerSeen:
+    """What is known of the peer now, after a later round of attestation (`accepted`), or before `Failed`.
+
+    The fields are those of PeerEstablished. Where it is not accepted, the certificate is trusted and no more: `vm` and `epoch`
+    are what the peer claims, empty and 0 where it came to no claim; `verdict` is empty where this end came to none.
+    """
+
+    peer_name: str
+    peer_fingerprint: str
+    tls_version: str
+    kex_group: str
+    cipher: str
+    vm: str
+    epoch: int
+    verdict: str
+    protection: str
+    vouched_by: str
+    accepted: bool
+
+
+@dataclass(frozen=True)
 class Message:
     """A message from the peer's agent."""
 
@@ -304,6 +326,7 @@ Ecall: TypeAlias = (
 Ocall: TypeAlias = (
     Sandboxed
     | PeerEstablished
+    | PeerSeen
     | Message
     | LaneTokens
     | LanesOpen

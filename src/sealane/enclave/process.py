@@ -14,12 +14,13 @@ import resource
 import selectors
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
 from sealane.attest.asking import EvidenceAsked, PolicyWanted
-from sealane.attest.peer import summarise
+from sealane.attest.peer import PeerRejected, summarise
+from sealane.attest.verdict import Verdict
 from sealane.crypto.aead import CIPHER_NAME
 from sealane.crypto.identity import load_identity_pem
 from sealane.enclave import lane as lanes
@@ -44,6 +45,7 @@ from sealane.enclave.interface import (
     OpenLanes,
     PeerEstablished,
     PeerFinished,
+    PeerSeen,
     Sandboxed,
     SendMessage,
     TellClasses,
@@ -304,6 +306,7 @@ class Enclave:
                     self._tell_established(event)
                 case Reattested():
                     self._attested_at = self._clock()
+                    self._tell_seen(event.attested.verdict, event.attested.evidence, accepted=True)
                 case MessageReceived():
                     self._tell_message(event.payload)
                 case PeerRefused():
@@ -328,6 +331,25 @@ class Enclave:
         protection = self._need_channel().protection
         vouched_by = event.vouched.authority[:64] if event.vouched else ""
         self._tell(PeerEstablished(*who, subject.vm, subject.epoch, verdict, protection, vouched_by))
+
+    def _tell_seen(self, verdict: Verdict | None, evidence: Mapping[str, str], *, accepted: bool) -> None:
+        met = None if self._channel is None else self._channel.met
+        if met is None:
+            return
+        subject = met.known.subject
+        what = ("", 0) if subject is None else (subject.vm, subject.epoch)
+        words = "" if verdict is None else json.dumps(summarise(verdict, evidence))
+        who = (met.peer_name, met.peer_fingerprint, met.tls_version, met.group, met.cipher)
+        vouched_by = met.vouched.authority[:64] if met.vouched else ""
+        self._tell(PeerSeen(*who, *what, words, self._need_channel().protection, vouched_by, accepted))
+
+    def _tell_refused(self, error: SealaneError) -> None:
+        """Before the last word: whom it is about, and the verdict that refused it, or the one there was."""
+        known = None if self._channel is None or self._channel.met is None else self._channel.met.known
+        if isinstance(error, PeerRejected):
+            self._tell_seen(error.verdict, error.evidence, accepted=False)
+        elif known is not None:
+            self._tell_seen(known.verdict, known.evidence, accepted=False)
 
     def _attest_again(self, now: float) -> None:
         """During the copy, source only: every so often the peer has to show that it is still what it was."""
@@ -494,6 +516,8 @@ class Enclave:
                 self._flush(wait=True)
         self._close_lanes()
         if tell_agent:
+            with contextlib.suppress(SealaneError):
+                self._tell_refused(error)
             self._tell(Failed(error.code, error.detail, by_peer))
         raise EnclaveOver
 

@@ -25,6 +25,7 @@ from enum import StrEnum
 from typing import Final, Protocol, TypeAlias
 
 from sealane.attest.bundle import LOGS, encode_bundle, parse_bundle
+from sealane.attest.peer import PeerRejected, digests_of
 from sealane.attest.verdict import Verdict
 from sealane.crypto.identity import sign
 from sealane.crypto.kdf import authenticate, expand, extract, same
@@ -165,6 +166,15 @@ class Attested:
     peer_level: int | None = None
 
 
+@dataclass(frozen=True)
+class Known:
+    """What an end knows in the middle of a round. The subject is what the peer claims until both are attested."""
+
+    subject: Subject | None
+    verdict: Verdict | None
+    evidence: Mapping[str, str]
+
+
 Action: TypeAlias = Send | WantEvidence | Attested
 Random: TypeAlias = Callable[[int], bytes]
 
@@ -220,6 +230,11 @@ class Round:
     def peer_nonce(self) -> bytes:
         """The peer's challenge; zeros before it came."""
         return self._nonces[self.role.peer]
+
+    @property
+    def known(self) -> "Known":
+        """What is known by now; also after this round was refused."""
+        return Known(self._subject, self._verdict, digests_of(self._shown))
 
     def start(self) -> list[Action]:
         """Our challenge."""
@@ -370,7 +385,7 @@ class Round:
             self.number,
             self._need_verdict(),
             self._need_subject(),
-            {name: hashlib.sha256(content).hexdigest() for name, content in sorted(self._shown.items())},
+            digests_of(self._shown),
             expand(self._secret, _SECRET_LABEL + self._transcript, SEED_BYTES),
             None if m4 is None else m4[-1 - 32],
         )
@@ -471,6 +486,11 @@ class Attestation:
         """Whether a round is under way."""
         return self._round.state is not State.ATTESTED
 
+    @property
+    def known(self) -> Known:
+        """What the present round knows by now."""
+        return self._round.known
+
     def start(self) -> list[Action]:
         """Begin round 0."""
         return self._round.start()
@@ -518,9 +538,9 @@ def _check_same(first: Attested, later: Attested) -> None:
     if later.subject != first.subject:
         raise AttestationRejected("attest.migration", "the peer attests for another VM or epoch than at first")
     if later.verdict.level < first.verdict.level:
-        raise AttestationRejected(
-            "attest.changed", f"the peer had level {int(first.verdict.level)} and has {int(later.verdict.level)} now"
-        )
+        words = f"the peer had level {int(first.verdict.level)} and has {int(later.verdict.level)} now"
+        raise PeerRejected("attest.changed", words, later.verdict, later.evidence)
     roots = [{(one.kind, one.root) for one in each.verdict.appraisals} for each in (first, later)]
     if roots[0] != roots[1]:
-        raise AttestationRejected("attest.changed", "the peer's evidence rests on another root than at first")
+        words = "the peer's evidence rests on another root than at first"
+        raise PeerRejected("attest.changed", words, later.verdict, later.evidence)

@@ -40,6 +40,7 @@ from sealane.session.attestation import (
     Attested,
     Conversation,
     Judge,
+    Known,
     Random,
     Send,
     Subject,
@@ -100,6 +101,19 @@ class Established:
     group: str
     cipher: str
     attested: Attested
+    vouched: Vouched | None = None
+
+
+@dataclass(frozen=True)
+class Met:
+    """A peer whose certificate is trusted and whose hello fits, attested or not."""
+
+    peer_name: str
+    peer_fingerprint: str
+    tls_version: str
+    group: str
+    cipher: str
+    known: Known
     vouched: Vouched | None = None
 
 
@@ -274,6 +288,15 @@ class Channel:
     def established(self) -> bool:
         """Whether both hellos fit and both ends accepted the other's evidence."""
         return self._attestation is not None and self._attestation.attested
+
+    @property
+    def met(self) -> "Met | None":
+        """Who is there by its certificate, and what its evidence said so far; None before both hellos fit."""
+        if self._attestation is None:
+            return None
+        tls, fingerprint = self._tls, self._tls.peer_fingerprint
+        facts = (tls.version, tls.group, tls.cipher)
+        return Met(self._peer_name, fingerprint, *facts, self._attestation.known, self._vouched)
 
     def migration_secret(self) -> bytes:
         """The secret of which every lane's keys are made (32 bytes)."""

@@ -222,23 +222,24 @@ def make_pair(
     lifetime_days: Sequence[int] = (30, 30),
     born: Sequence[datetime | None] = (None, None),
     settings: str | AttestedHosts = "",
-    program: tuple[str, ...] = PROGRAM,
+    program: tuple[str, ...] | list[tuple[str, ...]] = PROGRAM,
     strangers: bool = False,
 ) -> Iterator[HostPair]:
     """Two hosts, agents up, trusting each other unless they are `strangers`; everything goes away at the end.
 
-    `born` are the moments at which the identities were made (now), `settings` both agents' `agent.toml`, or what gives
-    each host a TPM.
+    `program` is what `sealane` is on both hosts, or on each. `born` are the moments at which the identities were made (now),
+    `settings` both agents' `agent.toml`, or what gives each host a TPM.
     """
+    programs = [program] * 2 if isinstance(program, tuple) else program
     with ExitStack() as stack:
         hosts = stack.enter_context(make_hosts(names, network=network))
         ends = []
-        for host, pin, days, moment in zip(hosts, pins, lifetime_days, born, strict=True):
+        for host, pin, days, moment, called in zip(hosts, pins, lifetime_days, born, programs, strict=True):
             identity = create_identity(host.name, now=moment or datetime.now(UTC), lifetime_days=days)
             save_identity(host.paths, identity)
             text = settings if isinstance(settings, str) else settings.settings(host)
             (host.paths.config / AGENT_FILE).write_text(text)
-            end = AgentHost(host, identity, pin, program=program)
+            end = AgentHost(host, identity, pin, program=called)
             end.start_agent()
             ends.append(end)
         first, second = ends

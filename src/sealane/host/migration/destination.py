@@ -27,6 +27,7 @@ from sealane.enclave.interface import (
     ExpectLanes,
     LaneTokens,
     PeerEstablished,
+    PeerSeen,
     SendMessage,
 )
 from sealane.errors import ControlError, InternalError, PeerError, SealaneError, for_peer, make_error
@@ -41,11 +42,11 @@ from sealane.host.migration.checks import (
     choose_multifd_channels,
     choose_preempt,
 )
-from sealane.host.migration.context import LANE_CIPHER, MigrationContext
+from sealane.host.migration.context import MigrationContext
 from sealane.host.migration.dialling import SocketDirectory
 from sealane.host.migration.doubtful import answer_doubt
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
-from sealane.host.migration.gate import pass_gate, trust_of
+from sealane.host.migration.gate import StandingGate, facts_of, pass_gate
 from sealane.host.migration.postcopy_destination import Arrival, Half, has_switched
 from sealane.host.migration.receipt_exchange import give_copy, take_copy
 from sealane.host.migration.stall import StallLimit
@@ -78,6 +79,8 @@ _REASON_WAIT_S: Final = 0.7
 UNNAMED: Final = "unnamed"
 # And whom it is said to come from, where the enclave did not come to tell who that is.
 UNPROVEN: Final = "unproven"
+# Evidence that was not accepted, or not made.
+_REFUSED_EVIDENCE: Final = ("attest.", "enclave.changed", "quoting.")
 _NAME: Final[TypeAdapter[str]] = TypeAdapter(Name)
 
 
@@ -119,7 +122,7 @@ class Reception:
             try:
                 met = await self._handshake(enclave, connection)
             except SealaneError as error:
-                self._note_unproven(error)
+                self._note_unproven(enclave.seen, error)
                 raise
             try:
                 self._admit(met.peer_fingerprint, met.peer_name)
@@ -182,10 +185,19 @@ class Reception:
         enclave.finish()
         raise make_error("migration.over", f"the source was told: {answer.kind}")
 
-    def _note_unproven(self, error: SealaneError) -> None:
-        """Evidence was refused, at either end: only a peer whose certificate is trusted comes so far. It leaves a receipt."""
-        if error.code.startswith("attest."):
-            self._context.jobs.refuse(error, vm=UNNAMED, role="destination", peer=UNPROVEN, id=self._id)
+    def _note_unproven(self, seen: PeerSeen | None, error: SealaneError) -> None:
+        """Evidence was refused, at either end: only a peer whose certificate is trusted comes so far. It leaves a receipt.
+
+        The receipt names the peer by that certificate, the VM that it claims to send, and the verdict.
+        """
+        if not error.code.startswith(_REFUSED_EVIDENCE):
+            return
+        refuse, id = self._context.jobs.refuse, self._id
+        if seen is None:
+            refuse(error, vm=UNNAMED, role="destination", peer=UNPROVEN, id=id)
+        else:
+            vm = _name_or(seen.vm, UNNAMED)
+            refuse(error, vm=vm, role="destination", peer=seen.peer_name, id=id, **channel_facts(seen))
 
     async def _handshake(self, enclave: EnclaveProcess, connection: socket.socket) -> PeerEstablished:
         identity = self._context.identity
@@ -310,17 +322,9 @@ def _name_or(text: str, otherwise: str) -> str:
         return otherwise
 
 
-def channel_facts(met: PeerEstablished) -> dict[str, Any]:
-    """What the migration's snapshot says of the channel and of who is at its other end."""
-    return {
-        "tls_version": met.tls_version,
-        "kex_group": met.kex_group,
-        "cipher": LANE_CIPHER,
-        "peer_fingerprint": met.peer_fingerprint,
-        "peer_trust": trust_of(met),
-        "protection": met.protection,
-        "readable": readable_words(met.protection),
-    }
+def channel_facts(met: PeerEstablished | PeerSeen) -> dict[str, Any]:
+    """What the migration's snapshot says of the channel, of who is at its other end, and of the lanes."""
+    return {**facts_of(met), "protection": met.protection, "readable": readable_words(met.protection)}
 
 
 class DestinationMigration(Job):
@@ -366,6 +370,7 @@ class DestinationMigration(Job):
             await uninterrupted(self._enclave.reap())
 
     async def _receive(self, directory: Path) -> None:
+        gate = StandingGate(self, self._context, self._enclave, self._vm, "receive")
         await pass_gate(self, self._context, self._met, self._vm, "receive")
         await self._launch(directory)
         async with QmpMachine.connect(self._vm.qmp, self._context.settings.limits.qmp_timeout_s) as qemu:
@@ -376,6 +381,7 @@ class DestinationMigration(Job):
             ticket_or_digest = await self._load_or_switch(qemu)
             self._loaded_told = True  # from here on only our word brings the VM back to the source
             if isinstance(ticket_or_digest, messages.PostcopyTicket):
+                await gate.settled()
                 await self._arrive_by_postcopy(qemu, ticket_or_digest, directory)
                 return
             digest = ticket_or_digest
@@ -384,6 +390,7 @@ class DestinationMigration(Job):
             self._step(Input.VM_STOPPED, detail="everything came and is loaded, paused")
             ticket = await self._enclave.expect(messages.Ticket, self._context.settings.limits.word_timeout_s)
             self._check_ticket(ticket, digest)
+            await gate.settled()
             await self._take_over(qemu, ticket)
 
     # ---- preparing

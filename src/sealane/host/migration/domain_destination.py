@@ -21,7 +21,7 @@ from sealane.host.migration.destination import PROGRESS_EVERY_S, DestinationMigr
 from sealane.host.migration.dialling import dial_vm
 from sealane.host.migration.domain_lines import FilteredLine, dial
 from sealane.host.migration.enclave_process import uninterrupted
-from sealane.host.migration.gate import pass_gate
+from sealane.host.migration.gate import StandingGate, pass_gate
 from sealane.host.migration.stall import StallLimit
 from sealane.host.models import Progress
 from sealane.host.registry import is_absent
@@ -67,6 +67,7 @@ class DomainDestination(DestinationMigration):
             await uninterrupted(self._enclave.reap())
 
     async def _receive_domain(self, machine: DomainMachine) -> None:
+        gate = StandingGate(self, self._context, self._enclave, self._vm, "receive")
         await pass_gate(self, self._context, self._met, self._vm, "receive")
         self.update(detail="looking at this host's libvirt")
         check_free_memory(self._prepare.memory_bytes, available_memory_bytes())
@@ -83,6 +84,7 @@ class DomainDestination(DestinationMigration):
         self._step(Input.VM_STOPPED, detail="everything came and is loaded, paused")
         ticket = await self._enclave.expect(messages.Ticket, self._context.settings.limits.word_timeout_s)
         self._check_ticket(ticket, digest)
+        await gate.settled()
         await self._take_over(cast(QmpMachine, machine), ticket)
 
     async def _check_absent(self, machine: DomainMachine) -> None:

@@ -25,6 +25,7 @@ from sealane.enclave.interface import (
     PagesClassified,
     PeerEstablished,
     PeerFinished,
+    PeerSeen,
     Sandboxed,
     Trust,
     VmWanted,
@@ -77,6 +78,8 @@ class EnclaveProcess:
         self.counters = Counters(0, 0)
         self.classes_told: asyncio.Future[None] = loop.create_future()
         self.on_pages_classified: Callable[[PagesClassified | GuestUnknown], None] = lambda what: None
+        self.seen: PeerSeen | None = None  # of a peer that was refused, or was attested again
+        self.on_peer_seen: Callable[[PeerSeen], None] = lambda seen: None
         self.on_vm_wanted: Callable[[int], None] = lambda lane: None
         self._messages: asyncio.Queue[str] = asyncio.Queue(_MESSAGES_WAITING_MAX)
         loop.add_reader(calls.fileno(), self._on_readable)
@@ -228,6 +231,9 @@ class EnclaveProcess:
                 _resolve(self.sandboxed, call)
             case PeerEstablished():
                 _resolve(self.established, call)
+            case PeerSeen():
+                self.seen = call
+                self.on_peer_seen(call)
             case Message():
                 self._heard_message(call.payload)
             case LaneTokens():
@@ -243,12 +249,10 @@ class EnclaveProcess:
                     call.wire_bytes, call.plaintext_bytes, call.zero_bytes, call.same_bytes, call.compressed_bytes
                 )
                 _resolve(self.lanes_closed, call)
-            case PeerFinished():
-                _resolve(self.finished, None)
+            case PeerFinished() | ClassesTold():
+                _resolve(self.finished if isinstance(call, PeerFinished) else self.classes_told, None)
             case PagesClassified() | GuestUnknown():
                 self.on_pages_classified(call)
-            case ClassesTold():
-                _resolve(self.classes_told, None)
             case Failed():
                 self.fail(make_error(call.code, call.detail))
 

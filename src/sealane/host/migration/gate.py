@@ -4,11 +4,12 @@ import asyncio
 import json
 from typing import Any, Literal
 
-from sealane.enclave.interface import PeerEstablished
-from sealane.errors import ControlError, SealaneError, make_error
+from sealane.enclave.interface import PeerEstablished, PeerSeen
+from sealane.errors import ControlError, InternalError, SealaneError, make_error
 from sealane.host.callers import caller_called
 from sealane.host.jobs import Job
-from sealane.host.migration.context import MigrationContext
+from sealane.host.migration.context import LANE_CIPHER, MigrationContext
+from sealane.host.migration.enclave_process import EnclaveProcess
 from sealane.host.models import Evidence, PeerTrust, PolicyDecision, VmDefinition
 from sealane.host.policy import Move, load_policy
 from sealane.host.store import utc_now
@@ -24,6 +25,17 @@ async def pass_gate(
     trust = trust_of(met)
     job.update(peer_trust=trust)
     note_sighting(job, context, met.peer_fingerprint, trust)
+    await _ask(job, context, met, trust, vm, direction)
+
+
+async def _ask(
+    job: Job,
+    context: MigrationContext,
+    met: PeerEstablished | PeerSeen,
+    trust: PeerTrust,
+    vm: VmDefinition,
+    direction: Literal["send", "receive"],
+) -> None:
     migration, config = job.migration, context.paths.config
     allowed_here = context.settings.allowed_protections
 
@@ -41,6 +53,65 @@ async def pass_gate(
         raise refusal(decision)
 
 
+class StandingGate:
+    """During the copy: the policy is asked again each time the peer was attested anew. A no ends the migration.
+
+    Also notes the verdict on a peer that was refused, for the receipt.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        context: MigrationContext,
+        enclave: EnclaveProcess,
+        vm: VmDefinition,
+        direction: Literal["send", "receive"],
+    ) -> None:
+        self._job, self._context, self._enclave, self._vm, self._direction = job, context, enclave, vm, direction
+        self._asking: set[asyncio.Task[None]] = set()
+        self._refusal: SealaneError | None = None
+        enclave.on_peer_seen = self._seen
+
+    async def settled(self) -> None:
+        """Wait for answers that are still to come, before the VM is given up or taken over; raises a no."""
+        while self._asking:
+            await asyncio.wait(self._asking)
+        if self._refusal is not None:
+            raise self._refusal
+
+    def _seen(self, seen: PeerSeen) -> None:
+        self._job.update(**facts_of(seen))  # a verdict that refuses stands in the receipt
+        if seen.accepted:
+            task = asyncio.create_task(self._ask_again(seen), name=f"policy {self._job.id[:8]}")
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+
+    async def _ask_again(self, seen: PeerSeen) -> None:
+        try:
+            trust = trust_of(seen)
+            note_sighting(self._job, self._context, seen.peer_fingerprint, trust)
+            await _ask(self._job, self._context, seen, trust, self._vm, self._direction)
+        except SealaneError as error:
+            self._refuse(error)
+        except Exception as error:  # whatever it is, it is no yes
+            self._refuse(InternalError("internal.error", f"the policy was not asked: {type(error).__name__}"))
+
+    def _refuse(self, error: SealaneError) -> None:
+        self._refusal = error
+        self._enclave.fail(error)  # whoever waits for it ends the migration
+
+
+def facts_of(met: PeerEstablished | PeerSeen) -> dict[str, Any]:
+    """What the migration's snapshot says of the channel and of who is at its other end."""
+    facts: dict[str, Any] = {
+        "tls_version": met.tls_version,
+        "kex_group": met.kex_group,
+        "cipher": LANE_CIPHER,
+        "peer_fingerprint": met.peer_fingerprint,
+    }
+    return {**facts, "peer_trust": trust_of(met)} if met.verdict else facts
+
+
 def refusal(decision: PolicyDecision) -> SealaneError:
     """The decision as an error."""
     if decision.code is None:
@@ -56,7 +127,7 @@ def note_sighting(job: Job, context: MigrationContext, fingerprint: str, trust: 
         job.log.warning("what was seen of the peer was not kept", code=error.code)
 
 
-def trust_of(met: PeerEstablished) -> PeerTrust:
+def trust_of(met: PeerEstablished | PeerSeen) -> PeerTrust:
     """How far the peer is trusted, by its verdict (`sealane.attest.peer.summarise`)."""
     verdict: dict[str, Any] = json.loads(met.verdict)
     return PeerTrust(

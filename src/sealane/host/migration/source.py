@@ -34,7 +34,7 @@ from sealane.errors import (
 from sealane.host.jobs import Job
 from sealane.host.migration import messages
 from sealane.host.migration.checks import check_postcopy, check_source
-from sealane.host.migration.context import LANE_CIPHER, MigrationContext
+from sealane.host.migration.context import MigrationContext
 from sealane.host.migration.convergence import Convergence, Outlook, words_of
 from sealane.host.migration.dialling import (
     SocketDirectory,
@@ -45,7 +45,7 @@ from sealane.host.migration.dialling import (
     listen_for_vm,
 )
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
-from sealane.host.migration.gate import pass_gate
+from sealane.host.migration.gate import StandingGate, facts_of, pass_gate
 from sealane.host.migration.monitoring import GuestMonitoring
 from sealane.host.migration.postcopy_source import Departure
 from sealane.host.migration.receipt_exchange import give_copy, take_copy
@@ -102,6 +102,7 @@ class SourceMigration(Job):
         self._handover = Handover(Role.SOURCE)
         self._times = _Clockwork(time.monotonic())
         self._enclave: EnclaveProcess | None = None
+        self._gate: StandingGate | None = None
         self._qemu: QmpMachine | None = None
         self._events: EventStream | None = None
         self._ran_before = False
@@ -158,6 +159,7 @@ class SourceMigration(Job):
         await self._switch_over(qemu)
         if self._by_postcopy:
             departure = self._departure(qemu, directory)
+            await self._pass_standing_gate()
             await departure.switch(enclave)
             await self._see_off(qemu, departure, enclave)
             return
@@ -214,14 +216,9 @@ class SourceMigration(Job):
             connection,
             quoting,
         )
+        self._gate = StandingGate(self, self._context, enclave, self._vm, "send")
         met = await self._watch(enclave.wait(enclave.established, HANDSHAKE_TIMEOUT_S, "peer.slow", "handshake"))
-        self.update(
-            detail=f"{met.peer_name} is who it should be",
-            tls_version=met.tls_version,
-            kex_group=met.kex_group,
-            cipher=LANE_CIPHER,
-            peer_fingerprint=met.peer_fingerprint,
-        )
+        self.update(detail=f"{met.peer_name} is who it should be", **facts_of(met))
         await pass_gate(self, self._context, met, self._vm, "send")
         return enclave
 
@@ -384,6 +381,7 @@ class SourceMigration(Job):
     # ---- the hand-over
 
     async def _hand_over(self, enclave: EnclaveProcess, qemu: QmpMachine, loaded: messages.Loaded) -> None:
+        await self._pass_standing_gate()
         if enclave.failed.done():  # known before anything is given up
             raise enclave.failed.result()
         epoch = self.store.epoch(self._vm.name) + 1
@@ -425,6 +423,11 @@ class SourceMigration(Job):
         self.end(**done, peer_receipt=await uninterrupted(take_copy(self, enclave, receipts)))
         give_copy(self, enclave, receipts)
         enclave.finish()
+
+    async def _pass_standing_gate(self) -> None:
+        """Before the VM is given up: what the policy says of a peer that was attested again."""
+        if self._gate is not None:
+            await self._gate.settled()
 
     # ---- by postcopy
 
