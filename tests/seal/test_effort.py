@@ -8,7 +8,7 @@ from sealane.seal.effort import LEVELS, Effort, Interval
 
 MB = 1_000_000
 # a line of 1 Gb/s: the thread waits for it nearly always
-SLOW_LINE = Interval(0.05, 0.045, 0.0, 0.0, wire_bytes=6 * MB, plaintext_bytes=6 * MB)
+SLOW_LINE = Interval(0.05, 0.048, 0.0, 0.0, wire_bytes=6 * MB, plaintext_bytes=6 * MB)
 # loopback: 2 GB/s, and still the thread waits for it
 FAST_LINE = replace(SLOW_LINE, wire_bytes=100 * MB, plaintext_bytes=100 * MB)
 SLOW_RECEIVER = replace(SLOW_LINE, receiver_limited_s=0.02)
@@ -47,6 +47,12 @@ def test_lanes_share_the_line() -> None:
 def test_levels_rise_while_the_line_is_waited_for_and_stay_at_the_highest() -> None:
     assert after(*[SLOW_LINE] * 4) == 3
     assert after(*[SLOW_LINE] * 50) == LEVELS[-1]
+
+
+def test_a_line_that_is_busy_for_most_of_the_time_is_no_reason_to_compress_harder() -> None:
+    mostly = replace(SLOW_LINE, line_wait_s=0.04)
+    assert after(*[SLOW_LINE] * 2, *[mostly] * 50) == 1
+    assert after(*[SLOW_LINE] * 4, *[mostly] * 50) == 3
 
 
 def test_levels_fall_under_work_and_end_where_less_gets_through_than_the_line_carried() -> None:

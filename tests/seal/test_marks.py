@@ -288,29 +288,28 @@ def forge_compressed(words: list[int], opened: bytes, hidden: bytes, *, claim: i
     return forge_marked(words, body, open_bytes=open_bytes, coding=Coding.MARKED_ZSTD)
 
 
-def packed(data: bytes, frame: int) -> bytes:
-    out = memoryview(bytearray(RECORD_PAYLOAD_MAX))
-    return bytes(out[: RecordCompressor(1, frame).compress_into([data], out)])
+def packed(data: bytes) -> bytes:
+    return RecordCompressor(1).compress([data])
 
 
 def test_the_forger_of_compressed_ones_too() -> None:
     words = [word(0, 3), word(2, 4099)]
-    told = read_forged(forge_compressed(words, packed(PAGES[:4096], 0), packed(PAGES[4096:] + b"abcde", 1)))
+    told = read_forged(forge_compressed(words, packed(PAGES[:4096]), packed(PAGES[4096:] + b"abcde")))
     assert told.events == ["opened", b"abc" + PAGES + b"de"]
 
 
 @pytest.mark.parametrize(
     "record",
     [
-        forge_compressed([word(0, 0), word(2, 4096)], packed(PAGES[:4095], 0), packed(PAGES[4096:] + b"x", 1)),
-        forge_compressed([word(0, 0), word(2, 4096)], packed(PAGES[:4097], 0), packed(PAGES[4097:], 1)),
-        forge_compressed([word(0, 0)], packed(PAGES[:4096], 0), packed(bytes(PIECE_MAX + 1 - 4096), 1)),
-        forge_compressed([word(0, 0)], packed(PAGES[:4096], 0), packed(bytes(PIECE_MAX + 1), 1)),
-        forge_compressed([word(0, 0)], packed(PAGES[:4096], 0), b"\x81\0\0\0\5 no frame"),
-        forge_compressed([word(0, 0)], b"", packed(PAGES, 1)),
-        forge_compressed([word(0, 0)], b"", packed(PAGES, 1), claim=1 << 31),
+        forge_compressed([word(0, 0), word(2, 4096)], packed(PAGES[:4095]), packed(PAGES[4096:] + b"x")),
+        forge_compressed([word(0, 0), word(2, 4096)], packed(PAGES[:4097]), packed(PAGES[4097:])),
+        forge_compressed([word(0, 0)], packed(PAGES[:4096]), packed(bytes(PIECE_MAX + 1 - 4096))),
+        forge_compressed([word(0, 0)], packed(PAGES[:4096]), packed(bytes(PIECE_MAX + 1))),
+        forge_compressed([word(0, 0)], packed(PAGES[:4096]), b"no frame"),
+        forge_compressed([word(0, 0)], b"", packed(PAGES)),
+        forge_compressed([word(0, 0)], b"", packed(PAGES), claim=1 << 31),
         forge_compressed([word(0, 0)], b"", b""),
-        forge_compressed([word(0, 0)] * (MARKS_MAX + 1), b"", packed(PAGES, 1)),
+        forge_compressed([word(0, 0)] * (MARKS_MAX + 1), b"", packed(PAGES)),
     ],
     ids=[
         "short",

@@ -1,7 +1,7 @@
 """Compression beside the lane's thread: zstd works in threads of its own, and what is sent keeps its order.
 
     lane's thread       buffer() --recv, reduce--> send(pieces)                goes on with the next buffer
-    a thread a frame    zstd --> waits for its turn --> seal --> line          turns follow the pieces' order
+    other threads       zstd --> wait for the turn --> seal --> line           turns follow the pieces' order
 
 Whoever waits for its turn or for the line holds one record; `buffer` waits while all buffers are on their way, so that a slow
 line stops QEMU. Nothing waits for more bytes than there are.
@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Final
 
-from sealane.limits import RECORD_PAYLOAD_MAX
-from sealane.seal.compression import FRAMES_MAX, INPUT_MAX, RecordCompressor
+from sealane.seal.compression import INPUT_MAX, RecordCompressor
 from sealane.seal.records import Coding, RecordSealer
 from sealane.seal.reduce import TAIL_MAX, Piece
 
 # Asked when the module is loaded: an enclave's sandbox leaves no way to ask.
 _CORES: Final = len(os.sched_getaffinity(0))
+_CORES_MAX: Final = 4
 
 
-def frames_for(lanes: int) -> int:
-    """How many frames, each with a thread, one of so many lanes has on this machine."""
-    return max(1, min(FRAMES_MAX, _CORES // max(1, lanes)))
+def threads_for(lanes: int) -> int:
+    """How many threads one of so many lanes has on this machine: its cores, and one that waits for the line meanwhile."""
+    return 1 + max(1, min(_CORES_MAX, _CORES // max(1, lanes)))
 
 
 @dataclass
@@ -44,20 +44,21 @@ class Compressing:
     here, and nothing is sent after it.
     """
 
-    def __init__(self, sealer: RecordSealer, send: Callable[[memoryview], None], *, level: int, frames: int) -> None:
+    def __init__(self, sealer: RecordSealer, send: Callable[[memoryview], None], *, level: int, threads: int) -> None:
         self.level = level
-        """zstd's, for what is given to `send` from now on; a frame begins anew where it changes."""
+        """zstd's, for what is given to `send` from now on."""
         self.saved_bytes = 0
         self._sealer, self._send_record = sealer, send
         self._free: SimpleQueue[memoryview | None] = SimpleQueue()
-        for _ in range(frames + 1):
+        for _ in range(threads + 1):
             self._free.put(memoryview(bytearray(TAIL_MAX + INPUT_MAX)))
         self._given = self._sent = 0
         self._changed = threading.Condition()
         self._error: BaseException | None = None
-        self._jobs: list[SimpleQueue[_Job | None]] = [SimpleQueue() for _ in range(frames)]
-        for number in range(frames):
-            threading.Thread(target=self._work, args=(number,), name=f"zstd-{number}", daemon=True).start()
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._threads = threads
+        for number in range(threads):
+            threading.Thread(target=self._work, name=f"zstd-{number}", daemon=True).start()
 
     def buffer(self) -> memoryview:
         """Where to receive the next bytes; waits while all buffers are on their way. Belongs to the caller until `send`."""
@@ -70,7 +71,7 @@ class Compressing:
     @property
     def is_busy(self) -> bool:
         """Whether every thread has something to do: what is given now would only wait."""
-        return self._given - self._sent >= len(self._jobs) and self._error is None
+        return self._given - self._sent >= self._threads and self._error is None
 
     def send(self, pieces: Sequence[Piece], buffer: memoryview | None) -> None:
         """Send the pieces in order. They may be views of `buffer`, which is taken back."""
@@ -81,7 +82,7 @@ class Compressing:
             return
         for group in groups:
             job = _Job(self._given, group, buffer if group is groups[-1] else None)
-            self._jobs[self._given % len(self._jobs)].put(job)
+            self._jobs.put(job)
             self._given += 1
 
     def drain(self) -> None:
@@ -92,8 +93,8 @@ class Compressing:
 
     def close(self) -> None:
         """Drop what was not sent. The threads end at once, but for one that waits for the line."""
-        for jobs in self._jobs:
-            jobs.put(None)
+        for _ in range(self._threads):
+            self._jobs.put(None)
         self._fail(InterruptedError("closed"))
 
     def _raise(self) -> None:
@@ -106,18 +107,18 @@ class Compressing:
             self._changed.notify_all()
         self._free.put(None)
 
-    def _work(self, number: int) -> None:
+    def _work(self) -> None:
         compressor: RecordCompressor | None = None
-        out = memoryview(bytearray(RECORD_PAYLOAD_MAX))
         try:
-            while (job := self._jobs[number].get()) is not None and self._error is None:
+            while (job := self._jobs.get()) is not None and self._error is None:
                 if compressor is None or compressor.level != self.level:
-                    compressor = RecordCompressor(self.level, number)
-                length = compressor.compress_into(job.group, out)
+                    compressor = RecordCompressor(self.level)
+                compressed = compressor.compress(job.group)
                 if not self._take_turn(job.turn):
                     return
+                length = len(compressed)
                 self.saved_bytes += sum(map(len, job.group)) - length
-                self._sealer.payload[:length] = out[:length]
+                self._sealer.payload[:length] = compressed
                 self._send_record(self._sealer.seal_data(length, Coding.ZSTD))
                 self._end_turn(job)
         except BaseException as error:

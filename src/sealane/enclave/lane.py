@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from sealane.enclave.compressing import frames_for
+from sealane.enclave.compressing import threads_for
 from sealane.enclave.marked import Guard, MarkedOutbound
 from sealane.enclave.outbound import Outbound, Saved
 from sealane.errors import PeerError, SealaneError, make_error
@@ -216,7 +216,7 @@ class Lane:
             return MarkedOutbound(vm, self._connection, self._sealer, self._marker, self._codec, reduction)
         if self._reduction is None or reduction is None:
             return None
-        return Outbound(vm, self._connection, self._sealer, *reduction, frames_for(self._reduction.lanes))
+        return Outbound(vm, self._connection, self._sealer, *reduction, threads_for(self._reduction.lanes))
 
     def _pump_as_it_is(self, vm: socket.socket) -> None:
         payload, receive = self._sealer.payload, vm.recv_into

@@ -53,10 +53,10 @@ class Outbound:
         sealer: RecordSealer,
         reducer: LaneReducer,
         effort: Effort,
-        frames: int = 1,
+        threads: int = 1,
     ) -> None:
         self._vm, self._line, self._sealer = vm, line, sealer
-        self._reducer, self._effort, self._frames = reducer, effort, frames
+        self._reducer, self._effort, self._threads = reducer, effort, threads
         self._compressing: Compressing | None = None
         self._line_wait_s = self._vm_wait_s = 0.0
         # totals when an interval ended last; sending adds to them in whichever thread it is done
@@ -84,7 +84,7 @@ class Outbound:
         if not piece:
             return False
         if compressing is not None:
-            piece = self._receive_meanwhile(compressing, buffer, len(piece))
+            piece = self._receive_more(compressing, buffer, len(piece))
         pieces = self._reducer.feed(piece)
         if compressing is None:
             self._send(self._sealer.seal_data(len(piece)))
@@ -113,11 +113,14 @@ class Outbound:
         self.vm_bytes += count
         return buffer[: len(tail) + count if count else 0]
 
-    def _receive_meanwhile(self, compressing: Compressing, buffer: memoryview, length: int) -> memoryview:
-        """Add what QEMU has while all who compress are busy: larger pieces cost less, and waiting costs nothing then."""
-        while length < _ENOUGH and compressing.is_busy:
-            if not select.select([self._vm], [], [], _LOOK_AGAIN_S)[0]:
-                continue
+    def _receive_more(self, compressing: Compressing, buffer: memoryview, length: int) -> memoryview:
+        """Add what QEMU has by now: larger pieces cost less. While all who compress are busy, waiting costs nothing either."""
+        while length < _ENOUGH:
+            patience_s = _LOOK_AGAIN_S if compressing.is_busy else 0.0
+            if not select.select([self._vm], [], [], patience_s)[0]:
+                if patience_s:
+                    continue
+                break
             count = self._vm.recv_into(buffer[length:_ENOUGH])
             if not count:  # the next `_receive` hears of it again
                 break
@@ -151,7 +154,7 @@ class Outbound:
         elif self._compressing is not None:
             self._compressing.level = level
         else:
-            self._compressing = Compressing(self._sealer, self._send, level=level, frames=self._frames)
+            self._compressing = Compressing(self._sealer, self._send, level=level, threads=self._threads)
             self._has_reduced = True
             self._reducer.activate()
 

@@ -26,7 +26,6 @@ from sealane.crypto.authority import (
 from sealane.crypto.identity import Identity, create_identity, public_key, sign
 from sealane.crypto.loading import load_everything
 from sealane.errors import InternalError
-from sealane.limits import RECORD_PAYLOAD_MAX
 from sealane.seal.compression import RecordCompressor, RecordDecompressor
 from sealane.seal.digests import PAGE_BYTES, PageDigests
 from sealane.seal.keys import Direction, LaneKeys, derive_digest_key
@@ -125,9 +124,7 @@ def _reduce(secret: bytes) -> None:
     for indexes in ((0, 1, 2), (2, 1, 1)):
         seen.needed(0, "ram", np.array(indexes, np.uint64) * np.uint64(PAGE_BYTES), digests.of(pages))
     LaneReducer(seen, 0, derive_digest_key(secret)).feed(pages[0].data)
-    out = memoryview(bytearray(RECORD_PAYLOAD_MAX))
-    length = RecordCompressor(1).compress_into([pages[0].data], out)
-    RecordDecompressor().decompress(out[:length])
+    RecordDecompressor().decompress(RecordCompressor(1).compress([pages[0].data]))
 
 
 def _seal_and_open(secret: bytes) -> None:

@@ -4,8 +4,8 @@ A lane's thread waits for QEMU, works, or waits for the line. Each INTERVAL_S it
 
 * while nothing is reduced: begin where the thread waited for the line, the line carried less than compressing could give,
   and the receiver was not the one that could take no more (TCP_INFO's tcpi_rwnd_limited, tcp(7));
-* afterwards: a level up where it waits for the line still; one down where it works all the time, or gets less through than the
-  line carried without, as on a host whose cores have other work;
+* afterwards: a level up where the line is busy all the time, and so nothing else is the bottleneck; one down where the line
+  hardly is, or less gets through than it carried without, as on a host whose cores have other work;
 * from the lowest level down, stop, but only where less gets through than without.
 
 Two intervals in a row must agree. Having stopped, it begins again where the line carries clearly less than what came through
@@ -22,6 +22,7 @@ _START: Final = LEVELS.index(1)
 # All lanes together. Compressing gives some 400 MB/s a core: a line that carries this is no bottleneck.
 _FAST_LINE_BYTES_PER_S: Final = 400e6
 _WAITS: Final = 0.5
+_IS_FULL: Final = 0.9
 _WORKS: Final = 0.75
 _RECEIVER_IS_SLOW: Final = 0.15
 _AGREE: Final = 2
@@ -86,7 +87,7 @@ class Effort:
             return
         rate = interval.plaintext_bytes / interval.elapsed_s
         self._reduced_rate = rate if self._reduced_rate is None else 0.8 * self._reduced_rate + 0.2 * rate
-        if waits > _WAITS:
+        if waits > _IS_FULL:
             self._vote(1)
         elif idles > _WAITS:
             self._vote(0)

@@ -198,16 +198,16 @@ def take_out(piece: memoryview, marks: Marks, payload: memoryview, codec: PageCo
 
 
 class PartCompressors:
-    """The two frames of a lane's marked records at one level: what stays open, and what is encrypted."""
+    """Compresses a lane's marked records at one level: what stays open apart from what is encrypted."""
 
     def __init__(self, level: int) -> None:
         self.level = level
-        self._open, self._hidden = RecordCompressor(level, 0), RecordCompressor(level, 1)
+        self._compressor = RecordCompressor(level)
         self._taken_out = memoryview(bytearray(RECORD_PAYLOAD_MAX))
 
     def hide_into(self, piece: memoryview, out: memoryview) -> int:
         """Compress a piece of which nothing is open; gives the length of what it became."""
-        return self._hidden.compress_into([piece], out)
+        return self._compress_into(piece, out)
 
     def take_out(
         self, piece: memoryview, marks: Marks, payload: memoryview, codec: PageCodec | None
@@ -219,11 +219,17 @@ class PartCompressors:
             self._taken_out[marks.open_bytes : length],
         )
         at = marks.vector_bytes + OPEN_LENGTH_BYTES
-        used = self._open.compress_into([opened], payload[at:]) if opened else 0
+        used = self._compress_into(opened, payload[at:])
         payload[: marks.vector_bytes] = self._taken_out[: marks.vector_bytes]
         payload[marks.vector_bytes : at] = used.to_bytes(OPEN_LENGTH_BYTES, "big")
         at += used
-        return at + (self._hidden.compress_into([hidden], payload[at:]) if hidden else 0), at
+        return at + self._compress_into(hidden, payload[at:]), at
+
+    def _compress_into(self, part: memoryview, out: memoryview) -> int:
+        """A part that is empty stays so."""
+        compressed = self._compressor.compress([part]) if part else b""
+        out[: len(compressed)] = compressed
+        return len(compressed)
 
 
 def put_back(payload: memoryview, marks: Marks, piece: memoryview, codec: PageCodec | None) -> None:

@@ -21,7 +21,7 @@ from sealane.limits import LANES_MAX
 _PREFACE: Final = struct.Struct(">7sBBBHI16s")
 PREFACE_BYTES: Final = _PREFACE.size
 MAGIC: Final = b"sealane"
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 LABEL_BYTES: Final = 16
 
 
