@@ -55,18 +55,30 @@ def test_open_pages_of_marked_records() -> None:
 
 
 def test_open_pages_that_were_compressed() -> None:
-    """One frame goes on from record to record; a piece of it says how much it opens to."""
-    frame = zstandard.ZstdCompressor().compressobj()
-    records = b""
-    for number in range(3):
-        page = bytes([number, 255 - number]) * 2048
-        packed = frame.compress(page) + frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
-        body = struct.pack(">BI", 0 if number else 0x80, 4096) + packed
-        records += record(2, 3, [1 << 30 | 9], struct.pack(">I", len(body)) + body, 100)
-    lane = read_lane(records)
+    """Each part is a frame that says how long its content is."""
+    pages = [bytes([number, 255 - number]) * 2048 for number in range(3)]
+    packed = [zstandard.ZstdCompressor().compress(page) for page in pages]
+    records = [record(2, 3, [1 << 30 | 9], struct.pack(">I", len(each)) + each, 100) for each in packed]
+    lane = read_lane(b"".join(records))
     assert (lane.records, lane.sealed_bytes, lane.why_not) == (3, 300, "")
-    assert [bytes(pages[0, :2]) for pages in lane.coded] == [bytes([n, 255 - n]) for n in range(3)]
-    assert not any(len(pages) for pages in lane.clear)
+    assert [bytes(found[0, :2]) for found in lane.coded] == [page[:2] for page in pages]
+    assert not any(len(found) for found in lane.clear)
+
+
+def test_what_a_compressed_part_says_of_itself_is_not_believed() -> None:
+    page = bytes(4096)
+    nameless = zstandard.ZstdCompressor(write_content_size=False).compress(page)
+    bomb = zstandard.ZstdCompressor().compress(bytes(200 * 4096))
+    whole = zstandard.ZstdCompressor().compress(page)
+    for marks, packed in (
+        ([9], nameless),
+        ([9, 5000], whole),  # two pages are announced
+        ([*range(0, 200 * 4096, 4096)], bomb),  # more than a part may open to
+        ([9], whole + b"behind it"),
+        ([9], b"no frame"),
+    ):
+        lane = read_lane(record(2, 3, marks, struct.pack(">I", len(packed)) + packed, 0))
+        assert lane.why_not == "an open part cannot be read", packed[:20]
 
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, (1 << 32) - 1), max_size=5), st.integers(0, 9000))
@@ -74,12 +86,12 @@ def test_any_bytes_are_read_without_an_error(noise: bytes, marks: list[int], sea
     read_lane(noise)
     lane = read_lane(record(2, 2, marks, noise, sealed) + noise)
     assert lane.records <= 1 + len(noise) // 40
-    preface = b"sealane\x02\x02" + bytes(23)
+    preface = b"sealane\x03\x02" + bytes(23)
     look(of(noise, b"QEVM" + noise, b"\x11\x22\x33\x44" + noise, preface + noise))
 
 
 def test_kinds() -> None:
-    assert kind_of(b"sealane\x02\x01" + bytes(23)) == "Sealane channel (TLS)"
+    assert kind_of(b"sealane\x03\x01" + bytes(23)) == "Sealane channel (TLS)"
     assert kind_of(b"QEVM\0\0\0\3") == "QEMU main channel, in clear"
     assert kind_of(b"\x16\x03\x01") == "TLS"
     assert kind_of(b"") == "silent"

@@ -26,7 +26,7 @@ _CHANNEL, _LANE = 1, 2
 _REFUSE: Final = 2
 
 
-def preface(*, kind: int = _CHANNEL, lane: int = 0, version: int = 2) -> bytes:
+def preface(*, kind: int = _CHANNEL, lane: int = 0, version: int = 3) -> bytes:
     """The first bytes of a Sealane connection, with a label by chance."""
     return _PREFACE.pack(b"sealane", version, kind, 0, lane, 0, secrets.token_bytes(16))
 

@@ -7,7 +7,7 @@ marked records. Keys, tags and ciphertext mean nothing here.
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import zstandard
@@ -28,10 +28,7 @@ _RECORD: Final = struct.Struct(">BBHIQ8s")
 _TAG_BYTES: Final = 16
 _RECORD_MAX: Final = 1 << 19
 _MARKED, _MARKED_ZSTD = 2, 3
-_PACKED: Final = struct.Struct(">BI")  # the number of the zstd frame, and how much the piece opens to
-_BEGINS: Final = 0x80
-_WINDOW_MAX: Final = 1 << 22
-_SLICE: Final = 1024  # compressed bytes that are opened at once: a bound on what they can become
+_OPENS_MAX: Final = 520_192  # what a compressed part may open to
 _CLEAR, _CODED = 0, 1
 _KINDS: Final = {1: "Sealane channel (TLS)", 2: "Sealane lane", 3: "Sealane pairing"}
 _FEED_BYTES: Final = 1 << 20
@@ -109,7 +106,6 @@ def look(conversations: Sequence[Conversation]) -> Sight:
 def read_lane(data: bytes | memoryview) -> Lane:
     """Whatever the records of one direction of a lane leave open. Never raises: `why_not` says where reading ended."""
     view, lane, at = memoryview(data), Lane(), 0
-    frames: dict[int, Any] = {}
     while at + _RECORD.size <= len(view):
         kind, coding, marks, length, _, _ = _RECORD.unpack_from(view, at)
         if not 1 <= kind <= 3 or length > _RECORD_MAX or marks * 4 > length:
@@ -121,7 +117,7 @@ def read_lane(data: bytes | memoryview) -> Lane:
         at += _RECORD.size + length + _TAG_BYTES
         lane.records += 1
         if coding in (_MARKED, _MARKED_ZSTD) and marks:
-            opened = _open_part(body, marks, coding, frames)
+            opened = _open_part(body, marks, coding)
             if opened is None:
                 lane.why_not = "an open part cannot be read"
                 return lane
@@ -134,7 +130,7 @@ def read_lane(data: bytes | memoryview) -> Lane:
     return lane
 
 
-def _open_part(body: memoryview, marks: int, coding: int, frames: dict[int, Any]) -> tuple[int, Buffer] | None:
+def _open_part(body: memoryview, marks: int, coding: int) -> tuple[int, Buffer] | None:
     """How many bytes of a marked record are open, and the pages in it; None where it is not as it should be."""
     begin = 4 * marks
     treatments = np.frombuffer(body[:begin], ">u4") >> 30
@@ -145,28 +141,20 @@ def _open_part(body: memoryview, marks: int, coding: int, frames: dict[int, Any]
         return None
     length = int.from_bytes(body[begin : begin + 4], "big")
     packed = body[begin + 4 : begin + 4 + length]
-    if len(packed) < length or (wanted and length < _PACKED.size):
+    if len(packed) < length:
         return None
-    pages = _unpack(packed, wanted, frames) if wanted else b""
+    pages = _unpack(packed, wanted) if wanted else b""
     return None if pages is None else (begin + 4 + length, pages)
 
 
-def _unpack(packed: memoryview, wanted: int, frames: dict[int, Any]) -> bytes | None:
-    number, size = _PACKED.unpack_from(packed)
-    if number & _BEGINS:
-        frames[number & ~_BEGINS] = zstandard.ZstdDecompressor(max_window_size=_WINDOW_MAX).decompressobj()
-    frame = frames.get(number & ~_BEGINS)
-    if frame is None or size != wanted:
-        return None
-    pages = bytearray()
+def _unpack(packed: memoryview, wanted: int) -> bytes | None:
+    """A zstd frame that says how long its content is: so long as the pages that should be in it."""
     try:
-        for at in range(_PACKED.size, len(packed), _SLICE):
-            pages += frame.decompress(packed[at : at + _SLICE])
-            if len(pages) > wanted:
-                return None
+        if wanted > _OPENS_MAX or zstandard.frame_content_size(packed) != wanted:
+            return None
+        return zstandard.ZstdDecompressor().decompress(packed, max_output_size=wanted, allow_extra_data=False)
     except zstandard.ZstdError:
         return None
-    return bytes(pages) if len(pages) == wanted else None
 
 
 def _take_pages(opened: Buffer, marks: memoryview, lane: Lane) -> None:
