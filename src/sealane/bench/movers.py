@@ -210,15 +210,23 @@ def _move_plainly(guest: Guest, source: AgentHost, destination: AgentHost, metho
         run.iterations = int(ram["dirty-sync-count"])
         if status["status"] != "completed":
             run.completed, run.total_ms = False, (wall_s() - started) * 1e3
-            sending.execute("migrate_cancel")
-            while sending.execute("query-migrate")["status"] != "cancelled":
-                time.sleep(_LOOK_EVERY_S)
+            _cancel(sending)
             here.stop()
             return run
         sending.execute("quit")
     _wait_gone(there.qmp_path)
     guest.moved_to(destination.name)
     return run
+
+
+def _cancel(sending: Qmp) -> None:
+    """End the migration; QEMU may call it failed, where the channels broke while it cancelled."""
+    sending.execute("migrate_cancel")
+    deadline = time.monotonic() + _WAIT_S
+    while sending.execute("query-migrate")["status"] not in ("failed", "cancelled"):
+        if time.monotonic() > deadline:
+            raise RigError("QEMU does not end a migration that was cancelled")
+        time.sleep(_LOOK_EVERY_S)
 
 
 def _await_end(sending: Qmp, converge_s: float) -> dict[str, Any]:
