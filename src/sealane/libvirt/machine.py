@@ -19,6 +19,8 @@ T = TypeVar("T")
 _RUN: Final = Path("/run/libvirt")
 _QEMU_USER: Final = "libvirt-qemu"
 _SOCKETS: Final = ("virtqemud-sock", "libvirt-sock")
+# Run states of a domain that waits, and can be resumed.
+STOPPED: Final = frozenset({"paused", "postmigrate"})
 
 
 def daemon_socket(uri: str, *, run: Path = _RUN, runtime: Path | None = None) -> Path:
@@ -127,7 +129,9 @@ class DomainMachine:
             raise absent
         if state == libvirt.VIR_DOMAIN_PAUSED:
             return "postmigrate" if reason == libvirt.VIR_DOMAIN_PAUSED_MIGRATION else "paused"
-        return "running"
+        if state == libvirt.VIR_DOMAIN_SHUTDOWN:  # its guest, or libvirtd, is ending QEMU
+            return "shutdown"
+        return "suspended" if state == libvirt.VIR_DOMAIN_PMSUSPENDED else "running"
 
     async def is_persistent(self) -> bool:
         """Whether the domain stays defined when it is shut off; False where there is none."""
@@ -175,17 +179,18 @@ class DomainMachine:
 
         def work(domain: Any) -> None:
             if domain.isActive():
-                domain.destroy()
+                try:
+                    domain.destroy()
+                except libvirt.libvirtError:
+                    if domain.isActive():  # else libvirtd ended it in between
+                        raise
             if undefine and domain.isPersistent():
                 domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM)
 
         try:
             await self._do(work)
         except SealaneError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                return
-            with contextlib.suppress(SealaneError):
-                await self.run_state()  # a transient domain may have gone in between
+            if not isinstance(error.__cause__, FileNotFoundError):
                 raise
 
 

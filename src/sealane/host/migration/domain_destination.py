@@ -28,7 +28,7 @@ from sealane.host.registry import is_absent
 from sealane.hypervisor.qmp import QmpMachine
 from sealane.libvirt.domains import parse_address
 from sealane.libvirt.domainxml import DomainIdentity
-from sealane.libvirt.machine import DomainMachine, MigrationDirectory, daemon_socket
+from sealane.libvirt.machine import STOPPED, DomainMachine, MigrationDirectory, daemon_socket
 from sealane.libvirt.rpcfilter import Agreed, RpcFilter
 from sealane.limits import (
     CHANNEL_ANSWER_TIMEOUT_S,
@@ -164,6 +164,8 @@ class DomainDestination(DestinationMigration):
         state = await machine.run_state()
         if state == "running":
             raise InternalError("internal.error", "libvirt resumed the domain by itself")
+        if state not in STOPPED:
+            raise make_error("libvirt.failed", f"the domain that came is not paused, but {state}")
         return closed.digest
 
     # ---- when it does not go on

@@ -29,14 +29,13 @@ from sealane.hypervisor.qmp import QmpMachine
 from sealane.libvirt.client import ClientThread, MigrationWishes, start_client
 from sealane.libvirt.domains import DomainFacts, parse_address
 from sealane.libvirt.gate import Word
-from sealane.libvirt.machine import DomainMachine, MigrationDirectory, daemon_socket
+from sealane.libvirt.machine import STOPPED, DomainMachine, MigrationDirectory, daemon_socket
 from sealane.limits import CHANNEL_ANSWER_TIMEOUT_S, LIBVIRT_TIMEOUT_S, MIB
 from sealane.session.handover import Input
 
 _CLIENT_END_S: Final = 10.0
 _PAGE_BYTES: Final = 4096
 _REASON_WAIT_S: Final = 2.5
-_STOPPED: Final = frozenset({"paused", "postmigrate"})
 
 
 class _LeavingDomain:
@@ -218,7 +217,7 @@ class DomainSource(SourceMigration):
         await self._end_client()
         try:
             await machine.cancel_migration()
-            if await machine.run_state() in _STOPPED:
+            if await machine.run_state() in STOPPED:
                 await machine.resume()
             return "source" if await machine.run_state() == "running" else "nowhere"
         except SealaneError as error:
