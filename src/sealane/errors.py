@@ -142,7 +142,7 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
     EvidenceError: {
         "lab.capture": Entry(
             "this is no capture that the lab can read",
-            "capture with tcpdump -w FILE (pcap), or with `sealane lab sniff`",
+            "capture with tcpdump -w FILE and name that file; without one, the lab simulates hosts and overhears them",
         ),
         "attest.unknown-kind": Entry(
             "this is no kind of evidence or collateral that Sealane knows",

@@ -11,7 +11,7 @@ import zstandard
 from sealane.lab.impostor import preface
 from sealane.seal.codecs import Hrt
 from tests.cli.conftest import Run
-from tests.lab.rig import ACK, CLIENT, SERVER, SYN, memory, pcap, tcp
+from tests.lab.rig import ACK, CLIENT, SERVER, SYN, memory, pcap, pcapng, tcp
 
 PLAIN = Path(__file__).parents[1] / "captures" / "single-q35-10.0.2" / "0-main.zst"
 PIECE = 60_000
@@ -80,6 +80,45 @@ def test_no_capture(run: Run, tmp_path: Path) -> None:
         told = run("lab", command, str(tmp_path / "nothing.pcap"))
         assert told.exit_code == 2
         assert "lab.capture" in told.stderr
+
+
+def test_no_network_is_attached_to(run: Run) -> None:
+    told = run("lab", "sniff", "lo")
+    assert told.exit_code == 2
+    assert "attaches to none" in told.stderr
+    assert "lab.capture" in told.stderr
+    told = run("lab", "carve", "/dev/null", "--json")
+    assert told.exit_code == 2
+    assert json.loads(told.stdout)["code"] == "lab.capture"
+
+
+def test_help_teaches(run: Run) -> None:
+    told = run("lab", "--help").stdout
+    for wanted in ("sniff [CAPTURE]", "planted secrets", "attaches to no network", "sealane lab carve --way all"):
+        assert wanted in told.replace("\n", " ") or wanted in told
+    for command in (
+        "sniff",
+        "carve",
+        "break",
+        "leak",
+        "tamper",
+        "truncate",
+        "replay",
+        "redirect",
+        "flood",
+        "downgrade",
+    ):
+        text = run("lab", command, "--help").stdout
+        assert f"sealane lab {command}" in text.partition("Example")[2], command
+
+
+def test_what_wireshark_wrote(run: Run, plain: Path, tmp_path: Path) -> None:
+    path = tmp_path / "wire.pcapng"
+    flow = zstandard.ZstdDecompressor().decompressobj().decompress(PLAIN.read_bytes())
+    frames = [tcp(CLIENT, SERVER, 2 + at, flow[at : at + PIECE]) for at in range(0, len(flow), PIECE)]
+    path.write_bytes(pcapng([tcp(CLIENT, SERVER, 1, flags=SYN), *frames]))
+    same = [json.loads(run("lab", "sniff", str(each), "--json").stdout)["memory_blocks"] for each in (path, plain)]
+    assert same[0] == same[1]
 
 
 def test_unknown_ways(run: Run) -> None:

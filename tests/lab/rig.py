@@ -25,6 +25,44 @@ def tcp(
     return bytes(12) + b"\x08\x00" + packet
 
 
+def tcp6(sequence: int, data: bytes = b"", flags: int = ACK, *, extensions: bytes = b"", first: int = 6) -> bytes:
+    """A raw IPv6 packet from ::1 port 40000 to ::2 port 48217; `extensions` stand before TCP, the first of kind `first`."""
+    segment = struct.pack(">HHIIBBHHH", CLIENT[1], SERVER[1], sequence, 0, 5 << 4, flags, 65535, 0, 0) + data
+    head = struct.pack(">IHBB", 6 << 28, len(extensions) + len(segment), first, 64)
+    return head + bytes(15) + b"\x01" + bytes(15) + b"\x02" + extensions + segment
+
+
+def tagged(frame: bytes, *tags: int) -> bytes:
+    """The same Ethernet frame in VLANs, the outermost first."""
+    between = b"".join(struct.pack(">HH", tag, 7) for tag in tags)
+    return frame[:12] + between + frame[12:]
+
+
+def cooked(frame: bytes) -> bytes:
+    """The same packet on a Linux cooked link, version 1."""
+    return struct.pack(">HHH8s", 4, 1, 6, b"") + frame[12:]
+
+
+def pcapng(frames: Iterable[bytes], *, order: str = "<", link: int = 1, kind: int = 6) -> bytes:
+    """A capture of these frames as Wireshark writes it: a section, an interface, and a block of `kind` for each packet."""
+    blocks = block(order, 0x0A0D0D0A, struct.pack(f"{order}IHHq", 0x1A2B3C4D, 1, 0, -1))
+    blocks += block(order, 1, struct.pack(f"{order}HHI", link, 0, 262144))
+    for frame in frames:
+        heads = {
+            6: struct.pack(f"{order}5I", 0, 0, 0, len(frame), len(frame)),
+            2: struct.pack(f"{order}HH4I", 0, 0, 0, 0, len(frame), len(frame)),
+            3: struct.pack(f"{order}I", len(frame)),
+        }
+        blocks += block(order, kind, heads[kind] + frame + bytes(-len(frame) % 4))
+    return blocks + block(order, 5, bytes(12))  # statistics, which nobody needs
+
+
+def block(order: str, kind: int, body: bytes) -> bytes:
+    """One block of pcapng."""
+    length = struct.pack(f"{order}I", len(body) + 12)
+    return struct.pack(f"{order}I", kind) + length + body + length
+
+
 def pcap(frames: Iterable[bytes], *, order: str = "<", link: int = 1) -> bytes:
     """A capture of these frames."""
     head = struct.pack(f"{order}IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 262144, link)

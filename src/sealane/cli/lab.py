@@ -1,6 +1,7 @@
 """`sealane lab`: the attacker's tools, on captures and on hosts that are simulated for them."""
 
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
 
@@ -19,10 +20,12 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=T
 Way = Literal["plain", "tls", "sealed", "selective", "shift", "affine", "hrt", "rc4"]
 CaptureFile = Annotated[
     Path | None,
-    typer.Argument(metavar="[CAPTURE]", help="A capture of tcpdump (pcap); without one, a migration is simulated."),
+    typer.Argument(metavar="[CAPTURE]", help="A capture file (pcap, pcapng); without one, a migration is simulated."),
 ]
+WayOrAll = Literal["plain", "tls", "sealed", "selective", "shift", "affine", "hrt", "rc4", "all"]
 WayOption = Annotated[
-    Way, typer.Option("--way", help="Without CAPTURE: how the guest is moved. plain and tls are QEMU's own ways.")
+    WayOrAll,
+    typer.Option("--way", help="Without CAPTURE: how the guest is moved, or all. plain and tls are QEMU's own ways."),
 ]
 PortOption = Annotated[int | None, typer.Option("--port", metavar="N", help="Only connections to that TCP port.")]
 NOTHING: Final = 1
@@ -32,7 +35,22 @@ NOTHING: Final = 1
 def lab() -> None:
     """Attack migrations, as somebody on the network would: captures, and hosts simulated on this machine.
 
-    Attaches to no network but that of the hosts that it simulates. What is attacked there is a guest with planted secrets.
+    \b
+    What can be learnt, and by which command:
+      who talks, and what is open     sniff [CAPTURE]
+      what memory gives away          carve [CAPTURE], leak
+      is the encoding any good        break [CAPTURE]
+      what if somebody meddles        tamper, truncate, replay, redirect, flood, downgrade
+
+    CAPTURE is a file: pcap or pcapng, of tcpdump -w or Wireshark. Without one, and for the others, two hosts and a guest with
+    planted secrets are simulated here, moved by QEMU itself (plain, tls) or under a protection of Sealane's, and overheard.
+    The lab attaches to no network but that of the hosts that it simulates; there is no option that names an interface or a host.
+
+    \b
+    Begin with:
+      sealane lab carve --way plain       the guest's screen, passwords, a key, a document
+      sealane lab carve --way all         the same eavesdropper, on every way to move the guest
+      sealane lab tamper                  every way to move a guest, under the same man in the middle
     """
 
 
@@ -41,12 +59,25 @@ def _experiments() -> Any:
     return importlib.import_module("sealane.testing.lab.experiments")
 
 
-def _conversations(capture: Path | None, way: str, port: int | None, out: Output) -> list[Conversation]:
+def _overheard(
+    capture: Path | None, way: str, port: int | None, out: Output
+) -> Iterator[tuple[str, list[Conversation]]]:
+    """The capture; or a guest's move in that way, or in all, each with its name."""
     if capture is not None:
-        return read_capture(capture, port=port)
-    out.line(f"No capture is named: a guest is moved between two simulated hosts ({way}), and overheard.")
-    conversations: list[Conversation] = _experiments().overheard(way)
-    return conversations
+        yield "", read_capture(capture, port=port)
+        return
+    ways = list(get_args(Way)) if way == "all" else [way]
+    out.line(f"No capture is named: a guest is moved between two simulated hosts ({', '.join(ways)}), and overheard.")
+    for name, conversations in _experiments().overheard(ways):
+        if len(ways) > 1:
+            out.line()
+            out.line(f"== {name}")
+        yield name, conversations
+
+
+def _below(directory: Path, way: str, asked: str) -> Path:
+    """Where files of this way go: below the directory itself, unless there are several ways."""
+    return directory / way if asked == "all" and way else directory
 
 
 @app.command()
@@ -69,7 +100,13 @@ def sniff(
       sealane lab sniff --way sealed
       sealane lab sniff wire.pcap --write flows
     """
-    conversations = _conversations(capture, way, port, out)
+    for name, conversations in _overheard(capture, way, port, out):
+        _tell_connections(out, name, conversations)
+        if write is not None:
+            _write_flows(conversations, _below(write, name, way))
+
+
+def _tell_connections(out: Output, way: str, conversations: list[Conversation]) -> None:
     sight = look(conversations)
     connections: list[dict[str, Any]] = [
         {
@@ -82,7 +119,7 @@ def sniff(
         }
         for each, (kind, _) in zip(conversations, sight.kinds, strict=True)
     ]
-    out.object({"type": "sniff", "connections": connections, **_open_part(sight)})
+    out.object({"type": "sniff", "way": way or None, "connections": connections, **_open_part(sight)})
     heads = ["client", "server", "what it is", "to server", "to client", "gaps"]
     sizes = ("to_server_bytes", "to_client_bytes")
     rows = [
@@ -98,8 +135,6 @@ def sniff(
     out.table(heads, rows)
     for name, value in _open_part(sight).items():
         out.line(f"{name.replace('_', ' ')}: {value}")
-    if write is not None:
-        _write_flows(conversations, write)
 
 
 def _endpoint(endpoint: tuple[str, int]) -> str:
@@ -151,13 +186,15 @@ def carve_command(
       sealane lab carve wire.pcap --find "eleven million" --memory pages
       sealane lab carve --way sealed
     """
-    sight = look(_conversations(capture, way, port, out))
-    wanted = [text.encode() for text in find or []]
-    carved = carve(sight, wanted=wanted)
-    if memory is not None:
-        _write_pages(sight, memory)
-    _tell_carved(out, carved)
-    raise typer.Exit(NOTHING if carved.is_empty else 0)
+    wanted, is_empty = [text.encode() for text in find or []], True
+    for name, conversations in _overheard(capture, way, port, out):
+        sight = look(conversations)
+        carved = carve(sight, wanted=wanted)
+        if memory is not None:
+            _write_pages(sight, _below(memory, name, way))
+        _tell_carved(out, name, carved)
+        is_empty &= carved.is_empty
+    raise typer.Exit(NOTHING if is_empty else 0)
 
 
 def _write_pages(sight: Sight, directory: Path) -> None:
@@ -171,8 +208,8 @@ def _write_pages(sight: Sight, directory: Path) -> None:
         raise UsageError("usage.argument", f"{directory}: {error.strerror}") from error
 
 
-def _tell_carved(out: Output, carved: Carved) -> None:
-    out.object({"type": "carved", **vars(carved)})
+def _tell_carved(out: Output, way: str, carved: Carved) -> None:
+    out.object({"type": "carved", "way": way or None, **vars(carved)})
     for screen in carved.screens:
         out.line("the guest's screen:")
         for line in screen:
@@ -219,14 +256,29 @@ def break_command(
       sealane lab break --way hrt
       sealane lab break --way sealed
     """
-    sight = look(_conversations(capture, way, port, out))
+    codecs: list[str] = [codec] if codec else ["affine", "shift", "hrt"]
+    broken = 0
+    for name, conversations in _overheard(capture, way, port, out):
+        sight = look(conversations)
+        best = _break(out, name, sight, codecs)
+        broken += best is not None
+        if best is not None and pages_file is not None:
+            _write_decoded(
+                best, sight, pages_file.with_name(f"{name}-{pages_file.name}") if way == "all" else pages_file
+            )
+    raise typer.Exit(0 if broken else NOTHING)
+
+
+def _break(out: Output, way: str, sight: Sight, codecs: list[str]) -> Broken | None:
+    """Tries the codecs on one capture, tells of each, and gives the one whose key decodes it best."""
     coded = sight.coded
-    tried = [break_codec(name, coded) for name in ([codec] if codec else ["affine", "shift", "hrt"])]
+    tried = [break_codec(name, coded) for name in codecs]
     keys = [each for each in tried if each.is_broken]
     best = max(keys, key=lambda each: carve_score(each, sight), default=None)
     out.object(
         {
             "type": "broken",
+            "way": way or None,
             "pages_encoded": len(coded),
             "repeated_pages": repeats(coded),
             "sealed_bytes": sum(lane.sealed_bytes for lane in sight.lanes),
@@ -240,13 +292,16 @@ def break_command(
         out.line(f"{each.codec}: {'; '.join(each.how)}")
     if best is None:
         out.line("no key was recovered")
-        raise typer.Exit(NOTHING)
-    out.line(f"key of {best.codec}: " + ", ".join(f"{name}={value}" for name, value in best.key.items()))
-    if pages_file is not None:
-        try:
-            best.decode(coded).tofile(pages_file)
-        except OSError as error:
-            raise UsageError("usage.argument", f"{pages_file}: {error.strerror}") from error
+    else:
+        out.line(f"key of {best.codec}: " + ", ".join(f"{name}={value}" for name, value in best.key.items()))
+    return best
+
+
+def _write_decoded(broken: Broken, sight: Sight, path: Path) -> None:
+    try:
+        broken.decode(sight.coded).tofile(path)
+    except OSError as error:
+        raise UsageError("usage.argument", f"{path}: {error.strerror}") from error
 
 
 def carve_score(broken: Broken, sight: Sight) -> int:
@@ -284,13 +339,13 @@ def _known(ways: list[str] | None) -> list[str] | None:
 
 WaysOption = Annotated[
     list[str] | None,
-    typer.Option("--way", metavar="WAY", help="Attack this way; may be repeated [default: plain, tls and sealed]."),
+    typer.Option("--way", metavar="WAY", help="Attack this way to move a guest; may be repeated [default: all]."),
 ]
 
 
 def _attack(out: Output, name: str, ways: list[str] | None) -> None:
     """Run one attack; exits with 1 where a way of Sealane's own let the attacker have what he wanted."""
-    chosen = _known(ways) or ["plain", "tls", "sealed"]
+    chosen = _known(ways) or list(get_args(Way))
     found = _experiments().attack(out, name, chosen)
     if any(each.attacker_won for each in found if each.way not in ("plain", "tls")):
         raise typer.Exit(NOTHING)

@@ -23,13 +23,14 @@ def staged(**options: int) -> Iterator[Stage]:
         raise make_error("lab.failed", str(error)) from error
 
 
-def overheard(way: str) -> list[Conversation]:
-    """The connections of one migration, made in that way."""
+def overheard(ways: Sequence[str]) -> Iterator[tuple[str, list[Conversation]]]:
+    """One guest's migrations in these ways, one after the other: the name and the connections of each."""
     with staged() as stage:
-        take = stage.move(way)
-        if not take.completed:
-            raise make_error("lab.failed", f"the guest did not arrive: {take.problem}")
-        return take.conversations
+        for way in ways:
+            take = stage.move(way)
+            if not take.completed:
+                raise make_error("lab.failed", f"{way_name(way)}: the guest did not arrive: {take.problem}")
+            yield way, take.conversations
 
 
 def leak(out: Output, ways: Sequence[str] | None = None) -> None:
