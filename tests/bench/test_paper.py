@@ -1,43 +1,151 @@
-"""The papers' benches: verdicts follow from figures, and the vTPM's calls really happen."""
+"""The papers' benches: verdicts follow from figures, the report says what was not measured, and the vTPM's calls really happen."""
 
+import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sealane.bench.paper_kvm import CpuPeak, Sample, verdicts
-from sealane.bench.paper_sgx import TABLE_2, measure_calls, more_percent
-
-TOTALS = {"normal": 100.0, "hrt": 120.0, "selective": 115.0, "sealed": 110.0, "rc4": 150.0, "ssl": 300.0}
-
-
-def samples(totals: dict[str, float]) -> list[Sample]:
-    return [
-        Sample("write", 128, way, total, total / 10, total / 4, 1) for way, total in totals.items() for _ in range(3)
-    ]
+from sealane.bench import paper, paper_kvm, paper_kvm_report, paper_sgx_report, verdicts
+from sealane.bench.paper_kvm import CpuPeak, method_of
+from sealane.bench.paper_sgx_calls import CALLS, IMAGE_WAYS, measure_calls, measure_images
+from sealane.testing.problems import RigError
+from tests.bench.reports import TOTALS, kvm_report, sgx_report
 
 
-def test_the_papers_order_is_judged_by_medians() -> None:
-    found = verdicts(samples(TOTALS))
-    assert [each["figure"] for each in found] == ["figure 11", "figure 13", "figure 15"]
-    assert all(each["normal_below_modified"] and each["modified_below_ssl"] for each in found)
-    assert not any(each["normal_below_modified"] for each in verdicts(samples(TOTALS | {"hrt": 90.0})))
-    assert not any(each["modified_below_ssl"] for each in verdicts(samples(TOTALS | {"hrt": 400.0})))
+def verdict(report: dict[str, Any], where: str, claim: str) -> str:
+    (found,) = [each for each in report["claims"] if each["where"] == where and each["claim"].startswith(claim)]
+    return str(found["verdict"])
 
 
-def test_the_second_papers_own_table() -> None:
-    ways = ("normal", "sealed", "attested")
-    rows = [{way: {"median": float(value)} for way, value in zip(ways, row, strict=True)} for row in TABLE_2]
-    assert more_percent(rows)["attested"] == pytest.approx(1.4, abs=0.1)
+def test_a_difference_must_be_larger_than_spread_and_margin() -> None:
+    assert verdicts.judge_below([100, 101, 102], [120, 121, 122]) == "holds"
+    assert verdicts.judge_below([120, 121, 122], [100, 101, 102]) == "fails"
+    assert verdicts.judge_below([100, 101, 102], [103, 104, 105]) == "undecided", "less than the margin"
+    assert verdicts.judge_below([80, 100, 120], [110, 120, 130]) == "undecided", "less than the spread"
+    assert verdicts.judge_below([10, 10, 10], [12, 12, 12], least=5) == "undecided", "less than can be measured"
+    assert verdicts.judge_below([], [1]) == "undecided"
+    assert verdicts.judge_at_most([10, 11, 12], 20) == "holds"
+    assert verdicts.judge_at_most([10, 11, 12], 10.5) == "undecided"
+    assert verdicts.judge_at_most([10, 11, 12], 5) == "fails"
+
+
+def test_sizes_are_judged_together() -> None:
+    assert verdicts.together(["holds", "holds", "undecided"]) == "holds"
+    assert verdicts.together(["holds", "undecided", "undecided"]) == "undecided"
+    assert verdicts.together(["holds", "holds", "fails"]) == "undecided"
+    assert verdicts.together([]) == "undecided"
+
+
+values = st.lists(st.floats(0, 1e6), max_size=8)
+
+
+@given(values, values, st.floats(0, 100))
+def test_what_holds_one_way_fails_the_other(first: list[float], second: list[float], least: float) -> None:
+    contrary = {"holds": "fails", "fails": "holds", "undecided": "undecided"}
+    told = verdicts.judge_below(first, second, least=least)
+    assert verdicts.judge_below(second, first, least=least) == contrary[told]
+    assert verdicts.judge_below(first, first, least=least) == "undecided"
+
+
+def test_the_papers_order_is_judged() -> None:
+    report = kvm_report()
+    for number in (11, 12, 13, 14, 15, 16):
+        assert verdict(report, f"figure {number}", "Normal < Modified") == "holds"
+        assert verdict(report, f"figure {number}", "Modified (hrt) < ssl") == "holds"
+    assert verdict(report, "figures 11 to 16", "Modified is cheaper") == "holds"
+    assert verdict(report, "table 1", "about 75 %") == "holds"
+    assert verdict(kvm_report(TOTALS | {"hrt": 600.0}), "figure 11", "Normal < Modified") == "fails"
+    assert verdict(kvm_report(TOTALS | {"hrt": 4000.0}), "figures 11 to 16", "Modified is cheaper") == "fails"
+    assert verdict(kvm_report(TOTALS | {"hrt": 910.0}), "figure 11", "Normal < Modified") == "undecided"
+
+
+def test_two_runs_say_the_same() -> None:
+    lines, agrees = verdicts.compare(kvm_report(seed=1), kvm_report(seed=2))
+    assert agrees
+    assert "CONTRADICTED" not in "\n".join(lines)
+    lines, agrees = verdicts.compare(kvm_report(), kvm_report(TOTALS | {"tls": 1210.0}))
+    assert agrees, "what one run leaves undecided contradicts nothing"
+    assert "decided in one run" in lines[0]
+    lines, agrees = verdicts.compare(kvm_report(), kvm_report(TOTALS | {"hrt": 600.0}))
+    assert not agrees
+    assert "CONTRADICTED" in lines[0]
+
+
+def test_the_reports_are_markdown_with_the_papers_values() -> None:
+    for lines in (paper_kvm_report.as_markdown(kvm_report()), paper_sgx_report.as_markdown(sgx_report())):
+        text = "\n".join(lines)
+        for line in text.splitlines():
+            assert len(line) <= 132 or line.startswith(("|", "-")), line
+    text = "\n".join(paper_kvm_report.as_markdown(kvm_report()))
+    for wanted in (
+        "### Figure 11",
+        "### Figure 16",
+        "| the paper | 9560 | 54594028 | 75.23 printed; 71.7 by its own counts |",
+        "ssh tunnel",
+    ):
+        assert wanted in text
+    text = "\n".join(paper_sgx_report.as_markdown(sgx_report()))
+    assert "| 1 | 23132 | 23476 | 23563 | 2002 (2000 to 2004) |" in text
+    assert text.count("not measured") > 5
+    assert "simulated" in text
+
+
+def test_a_way_that_was_not_measured_is_not_judged() -> None:
+    report = kvm_report({way: total for way, total in TOTALS.items() if way != "ssh"})
+    assert not [each for each in report["claims"] if "ssh" in each["claim"]]
+    assert "ssh tunnel" not in "\n".join(paper_kvm_report.as_markdown(report))
+
+
+def test_the_second_papers_claims() -> None:
+    report = sgx_report()
+    assert verdict(report, "figure 11", "write: Normal < KVM") == "holds"
+    assert verdict(report, "figure 12", "tpm_state_read: SGX adds at most 12 us") == "holds"
+    assert verdict(report, "table 2", "KVM adds less than 0.5 s") == "holds"
+    assert verdict(report, "table 2", "SGX adds about 1.4 %") == "fails"
+    slow = {name: {"open": [50.0] * 5, "enclave": [500.0] * 5} for name in CALLS}
+    assert verdict(sgx_report(calls_us=slow), "figure 13", "volatile_state_enc") == "fails"
+    for each in report["claims"]:
+        assert "SGX" not in each["claim"] or "SGX" in each["why"], "what stands in SGX's place says so"
+
+
+def test_shown_again_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    now, before, other = (tmp_path / name for name in ("now.json", "before.json", "other.json"))
+    now.write_text(json.dumps(kvm_report()))
+    before.write_text(json.dumps(kvm_report(TOTALS | {"hrt": 600.0})))
+    assert paper_kvm.main(["--from", str(now), "--against", str(now)]) == 0
+    assert "Against an earlier run" in capsys.readouterr().out
+    assert paper_kvm.main(["--from", str(now), "--against", str(before)]) == 1
+    other.write_text(json.dumps(sgx_report()))
+    assert paper_kvm.main(["--from", str(other)]) == paper.NO_REPORT
+    with pytest.raises(RigError):
+        paper.read_report(tmp_path / "nothing", "paper-kvm")
+
+
+def test_the_ways() -> None:
+    assert method_of("tls").tls
+    assert method_of("ssh", "unix:/there").through == "unix:/there"
+    assert not method_of("normal", "unix:/there").through
+    options = method_of("hrt").options
+    assert options is not None
+    assert (options["protection"], options["i_know_this_is_weak"], options["reduce"]) == ("hrt", True, False)
 
 
 def test_peak_of_the_machine() -> None:
     with CpuPeak() as peak:
-        pass
+        sum(range(200_000))
     assert 0 <= peak.percent <= 100
+    assert peak.busy_s >= 0
 
 
 @pytest.mark.skipif(not shutil.which("swtpm_setup"), reason="swtpm is not here")
 def test_the_calls_of_figures_11_to_13() -> None:
+    images = measure_images(2)
+    assert tuple(images) == ("write", "read")
+    assert all(tuple(ways) == IMAGE_WAYS for ways in images.values())
     found = measure_calls(2)
-    assert {"tpm_state_read", "tpm_state_write", "volatile_state_enc", "volatile_state_dec"} < set(found)
-    assert all(0 < each["low"] <= each["median"] <= each["high"] for each in found.values())
+    assert tuple(found) == CALLS
+    assert all(len(values) == 2 and min(values) > 0 for ways in found.values() for values in ways.values())

@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sealane.testing.cache import build_once
@@ -19,6 +19,7 @@ from sealane.testing.problems import RigError
 KERNEL_VARIABLE = "SEALANE_KERNEL"
 _QEMU_PACKAGES = ("qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabios")
 _FETCH_TIMEOUT_S = 300
+_LIBRARY = re.compile(r"(?!.*-(data|common|modules|runtime|bin|base)\b)(lib|zlib)[a-z0-9.+-]+")
 
 
 def release() -> tuple[str, str]:
@@ -40,6 +41,11 @@ def private_qemu() -> Path:
     """A `qemu-system-x86_64` from Debian's backports, unpacked into the cache; it finds its firmware by itself."""
     directory = build_once(f"qemu-{_debian_release()}-backports", _fetch_qemu)
     return directory / "usr/bin/qemu-system-x86_64"
+
+
+def unpacked(name: str, packages: Sequence[str]) -> Path:
+    """These packages and the libraries that they need, unpacked below one directory of the cache, which is called `name`."""
+    return build_once(f"{name}-{_debian_release()}", lambda made: _fetch_all(made, packages))
 
 
 def derive_sources(text: str, *, codename: str, deb822: bool) -> str:
@@ -136,6 +142,35 @@ class _PrivateApt:
         """The packages that `package` depends on directly."""
         return re.findall(r"^\s+Depends: (\S+)$", self._run("apt-cache", "depends", package)[0], re.MULTILINE)
 
+    def libraries(self, packages: Sequence[str]) -> list[str]:
+        """The packages of libraries that these need, and that those need; no data, no tools."""
+        told = self._run("apt-cache", "depends", "--recurse", "--important", *packages)[0]
+        needs: dict[str, list[str]] = {}
+        for name, needed in re.findall(r"^(\S+)$|^\s[ |]Depends: (\S+)$", told, re.MULTILINE):
+            if name:
+                latest = needs.setdefault(name, [])
+            else:
+                latest.append(needed)
+        found, left = dict.fromkeys(packages), list(packages)
+        while left:
+            for needed in needs.get(left.pop(), []):
+                if _LIBRARY.fullmatch(needed) and needed not in found:
+                    found[needed] = None
+                    left.append(needed)
+        return [name for name in found if name not in packages]
+
+    def unpack_all(self, packages: Sequence[str], into: Path) -> None:
+        """As `unpack`, of many packages of this release at once."""
+        complaints = self._run("apt-get", "-q", "download", *packages)[1]
+        archives = list(self._root.glob("*.deb"))
+        if len(archives) != len(packages):
+            raise RigError(
+                f"the Debian packages {' '.join(packages)} cannot be fetched: {complaints or self._complaints}"
+            )
+        for archive in archives:
+            subprocess.run(["dpkg", "-x", archive, into], check=True, capture_output=True)
+            archive.unlink()
+
     def unpack(self, package: str, into: Path) -> None:
         """Fetches one package (`name`, or `name/suite`) and unpacks its files below `into`."""
         complaints = self._run("apt-get", "-q", "download", package)[1]
@@ -172,4 +207,11 @@ def _fetch_qemu(directory: Path) -> None:
     apt = _PrivateApt(work / "apt", codename)
     for package in _QEMU_PACKAGES:
         apt.unpack(f"{package}/{codename}-backports", directory)
+    shutil.rmtree(work)
+
+
+def _fetch_all(directory: Path, packages: Sequence[str]) -> None:
+    work = _scratch(directory)
+    apt = _PrivateApt(work / "apt", release()[1])
+    apt.unpack_all([*packages, *apt.libraries(packages)], directory)
     shutil.rmtree(work)
