@@ -25,10 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--results", metavar="FILE", type=Path, help="also write the main tables as Markdown (docs/results.md)"
     )
+    parser.add_argument("--no-papers", action="store_true", help="leave the papers' benches out, which take 5 minutes")
     options = parser.parse_args(arguments)
     out = Output(Settings())
     try:
-        results = run_all(out)
+        results = run_all(out, with_papers=not options.no_papers)
     except SealaneError as error:
         out.error(error)
         return error.exit_status

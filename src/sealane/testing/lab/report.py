@@ -5,9 +5,12 @@ from html import escape
 from textwrap import fill
 from typing import Any, Final
 
+from sealane.testing.lab import papers
+from sealane.testing.lab.papers import papers_html
+from sealane.testing.lab.plots import figure, histograms, stacked_bars
 from sealane.testing.lab.stage import way_name
 
-PLOTS: Final = ("secrets", "pages", "bytes")
+PLOTS: Final = ("secrets", "pages", "bytes", *papers.PLOTS)
 _STYLE: Final = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1d2733;background:#fff}
 h1,h2{line-height:1.2}table{border-collapse:collapse;margin:1rem 0;font-size:13px}
@@ -16,13 +19,6 @@ td.read{background:#f6c7c0}td.decoded{background:#fbe3b5}td.none{background:#d5e
 code,pre{font:12px/1.45 ui-monospace,monospace}pre{background:#f4f6f8;padding:.75rem;overflow:auto}
 figure{margin:1rem 0}figcaption{color:#55606d;font-size:13px}svg{max-width:100%}
 """
-_COLOURS: Final = {
-    "read": "#c0392b",
-    "decoded": "#e5a11b",
-    "clear": "#c0392b",
-    "encoded": "#e5a11b",
-    "other": "#5b8c5a",
-}
 
 
 def as_html(results: Mapping[str, Any]) -> str:
@@ -37,30 +33,37 @@ def as_html(results: Mapping[str, Any]) -> str:
         f"<p><strong>{escape(_headline(verdict))}</strong></p>",
         "<h2>What leaks</h2>",
         f"<p>{escape(leak['premise'])}</p>",
-        _figure(
-            "secrets", _bars(_secrets_data(leak), ("read", "decoded")), "Secrets that the attacker has, of each way."
+        figure(
+            "secrets",
+            stacked_bars(_secrets_data(leak), ("read", "decoded")),
+            "Secrets that the attacker has, of each way.",
         ),
         _leak_table(leak),
         "<p>* in pages that a process has mapped. <em>read</em>: stands in the capture as it is; <em>decoded</em>: "
         "found in pages that cryptanalysis decoded.</p>",
-        _figure(
+        figure(
             "pages",
-            _bars(_pages_data(leak), ("clear", "encoded", "other")),
+            stacked_bars(_pages_data(leak), ("clear", "encoded", "other")),
             "Megabytes captured: pages in clear, encoded, the rest.",
         ),
         "<h2>What was carved</h2>",
         _table(("way", *next(iter(leak["carved"].values()))), _carved_rows(leak)),
         "<h2>Cryptanalysis</h2>",
         _table(("way", "codec", "verdict", "from", "took", "how"), _breaking_rows(leak)),
-        _figure(
+        figure(
             "bytes",
-            _histograms(results["bytes"]),
+            histograms(results["bytes"]),
             "How often each byte value stands on the wire, in 4 MiB of what pages became.",
         ),
         f"<p>{escape(_rc4_words(results['rc4']))}</p>",
         "<h2>Attacks</h2>",
         _table(
             ("attack", "way", "attacker", "what he got", "the VM", "what was said"), _attack_rows(results["attacks"])
+        ),
+        *(
+            papers_html(results["papers"])
+            if results["papers"]
+            else [f"<p>The papers' benches: {escape(results['papers_problem'])}.</p>"]
         ),
         "<h2>Machine, versions, commands</h2>",
         _table(("what", "is"), [[name, value] for name, value in results["machine"].items()]),
@@ -163,63 +166,6 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-# ---- plots
-
-
-def _figure(name: str, svg: str, caption: str) -> str:
-    return f'<figure id="plot-{name}">{svg}<figcaption>{escape(caption)}</figcaption></figure>'
-
-
-def _bars(data: Mapping[str, Mapping[str, float]], kinds: Sequence[str]) -> str:
-    """Stacked bars, lying; one row for each name."""
-    width, row, left = 860, 26, 110
-    most = max((sum(values.values()) for values in data.values()), default=1.0) or 1.0
-    scale = (width - left - 70) / most
-    shapes = []
-    for number, (name, values) in enumerate(data.items()):
-        y, x = number * row + 4, float(left)
-        shapes.append(f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{escape(name)}</text>')
-        for kind in kinds:
-            size = values[kind] * scale
-            shapes.append(
-                f'<rect x="{x:.1f}" y="{y}" width="{size:.1f}" height="{row - 8}" fill="{_COLOURS[kind]}">'
-                f"<title>{escape(name)}: {values[kind]:.1f} {kind}</title></rect>"
-            )
-            x += size
-        shapes.append(f'<text x="{x + 6:.1f}" y="{y + 14}">{sum(values.values()):.0f}</text>')
-    height = len(data) * row + 30
-    for number, kind in enumerate(kinds):
-        x = left + number * 110
-        shapes.append(f'<rect x="{x}" y="{height - 18}" width="12" height="12" fill="{_COLOURS[kind]}"/>')
-        shapes.append(f'<text x="{x + 18}" y="{height - 8}">{kind}</text>')
-    return _svg(width, height, shapes)
-
-
-def _histograms(data: Mapping[str, Mapping[str, Any]]) -> str:
-    width, height, shapes = 860, 130 * len(data), []
-    for number, (way, found) in enumerate(data.items()):
-        counts, base = found["counts"], (number + 1) * 130 - 18
-        total = sum(counts) or 1
-        for value, count in enumerate(counts):
-            size = min(
-                95.0, count / total * 256 * 12
-            )  # twelve units for an even share, cut where it is eight times that
-            shapes.append(
-                f'<rect x="{value * 3 + 60}" y="{base - size:.1f}" width="2.6" height="{size:.1f}" fill="#2f6f9f"/>'
-            )
-        words = f"{way_name(way)}: index of coincidence {found['coincidence']:.4f} (noise: {1 / 256:.4f})"
-        shapes.append(f'<text x="60" y="{base - 100}">{escape(words)}</text>')
-        shapes.append(f'<text x="60" y="{base + 13}">0</text><text x="800" y="{base + 13}">255</text>')
-    return _svg(width, height, shapes)
-
-
-def _svg(width: int, height: int, shapes: Iterable[str]) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'font-family="sans-serif" font-size="12">{"".join(shapes)}</svg>'
-    )
-
-
 # ---- Markdown
 
 
@@ -237,6 +183,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "",
         f"Written by `./run lab --results docs/results.md` on {results['made_at'][:10]}, in {results['took_s']} s;",
         "the HTML report has the plots. Hosts are simulated on one machine, without TPM or TEE: shown is what the wire gives away.",
+        "The papers' own measurements are in [results-papers.md](results-papers.md).",
         "",
         *_markdown(("what", "is"), [[name, value] for name, value in results["machine"].items()]),
         "",

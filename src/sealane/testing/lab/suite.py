@@ -17,25 +17,31 @@ from sealane.testing.lab.attacks import ATTACKS, Outcome
 from sealane.testing.lab.experiments import staged, tell_attack, tell_leak
 from sealane.testing.lab.guest import HARDWARE, USERS
 from sealane.testing.lab.leak import measure
+from sealane.testing.lab.papers import measure_papers
 from sealane.testing.lab.stage import QEMU_WAYS, WAYS, Stage
 from sealane.testing.packages import release
 from sealane.testing.problems import RigError
 from sealane.testing.qemu import find_qemu
 
-ATTACKED: Final = ("plain", "tls", "sealed", "hrt")
 COMMANDS: Final = (
     (
         "leak table, carving, broken codecs",
         "sealane lab leak; sealane lab carve --way WAY; sealane lab break --way WAY",
     ),
     ("attacks", "sealane lab tamper|truncate|replay|redirect|flood|downgrade --way WAY"),
+    ("the papers' measurements", "./run bench paper-kvm; ./run bench paper-sgx (here with --quick)"),
     ("all of it", "./run lab --json FILE"),
 )
 _SAMPLE_BYTES: Final = 4 << 20
 
 
-def run_all(out: Output, *, ways: tuple[str, ...] = WAYS, attacked: tuple[str, ...] = ATTACKED) -> dict[str, Any]:
-    """Run every experiment and tell of each; `results["verdict"]` has what it comes to."""
+def run_all(
+    out: Output, *, ways: tuple[str, ...] = WAYS, attacked: tuple[str, ...] = WAYS, with_papers: bool = True
+) -> dict[str, Any]:
+    """Run every experiment and tell of each; `results["verdict"]` has what it comes to.
+
+    With `with_papers` the papers' benches follow in their short form.
+    """
     started, begun = time.monotonic(), datetime.now(UTC)
     results: dict[str, Any] = {
         "made_at": begun.isoformat(timespec="seconds"),
@@ -49,11 +55,22 @@ def run_all(out: Output, *, ways: tuple[str, ...] = WAYS, attacked: tuple[str, .
         results["bytes"] = _byte_counts(stage, out)
         results["rc4"] = _rc4(stage, out)
     results["attacks"] = [told.as_dict() for told in _attack_all(out, attacked)]
+    results["papers"], results["papers_problem"] = _papers(out) if with_papers else ({}, "left out")
     results["took_s"] = round(time.monotonic() - started)
     results["verdict"] = verdict(results)
     for name, value in results["verdict"].items():
         out.line(f"{name.replace('_', ' ')}: {value}")
     return results
+
+
+def _papers(out: Output) -> tuple[dict[str, Any], str]:
+    """The papers' benches in their short form, or why they could not be made; the attacks are told all the same."""
+    out.line("the papers' benches, in their short form")
+    try:
+        return measure_papers(), ""
+    except (RigError, SealaneError) as error:
+        out.line(f"✗ the papers' benches: {error}")
+        return {}, str(error)
 
 
 def machine() -> dict[str, str]:
@@ -154,7 +171,8 @@ def verdict(results: dict[str, Any]) -> dict[str, Any]:
         ],
         "attacks_that_won_over_sealane": [f"{each['attack']} ({each['way']})" for each in ours if each["attacker_won"]],
         "experiments_that_failed": [
-            f"{each['attack']} ({each['way']})" for each in attacks if each["code"] == "lab.failed"
+            *(f"{each['attack']} ({each['way']})" for each in attacks if each["code"] == "lab.failed"),
+            *(["the papers' benches"] if results["papers_problem"] not in ("", "left out") else []),
         ],
         "premise": leak["premise"],
         "sealed_withstood": read.get("sealed") == 0
