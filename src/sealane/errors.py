@@ -387,6 +387,10 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         "agent.unreachable": Entry(
             "no agent answers on this host", "start it: `systemctl start sealane`, or `sealane agent`"
         ),
+        "agent.version": Entry(
+            "the command line and the agent are of different versions",
+            "restart the agent: `systemctl restart sealane`; `sealane doctor` compares the two",
+        ),
         "agent.running": Entry("an agent already runs here", "use that one, or stop it first"),
         "agent.stopping": Entry("the agent is stopping", "start it again, then try again", True),
         "agent.restarted": Entry("the agent was restarted while the migration ran", _RETRY, True),
@@ -431,6 +435,11 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         "queue.changed": Entry(
             "the peer or the VM was changed while the migration waited in the queue",
             "see `sealane trust list` and `sealane vm list`, then ask for it again",
+        ),
+        "queue.lost": Entry(
+            "the agent ended while the migration waited in the queue; the VM was not touched",
+            "ask for it again: `sealane migrate VM HOST`, or `sealane evacuate` for what is left",
+            True,
         ),
         "queue.full": Entry(
             "no more migrations may wait here", "wait for the others to begin, or raise `limits.queue_max`", True

@@ -1,5 +1,6 @@
 """Two agents, one warm guest, and the question that every fault ends with: does the VM go on, and is all tidy?"""
 
+import asyncio
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,8 @@ from typing import Any
 from sealane.enclave.launcher import ENCLAVE_NAME, LAUNCHER_NAME
 from sealane.errors import SealaneError
 from sealane.host.models import Migration, MigrationRequest, VmDefinition
+from sealane.hypervisor.driver import MigrationSettings
+from sealane.hypervisor.qmp import QmpMachine
 from sealane.testing.machine import Hardware, Workload
 from sealane.testing.pair import AgentHost, Guest, HostPair, make_pair, process_name
 from sealane.testing.wiretap import Tamper, Wiretap
@@ -20,7 +23,7 @@ HARDWARE = Hardware(memory_mib=256)
 WORKLOAD = Workload(fill_mib=48)
 # Slow enough that a fault meets the copy in its middle, fast enough that a whole copy takes two seconds.
 SLOWLY: dict[str, Any] = {"max_bandwidth_bytes_per_s": 24 * MIB}
-_TIDY_TIMEOUT_S = 12.0
+_TIDY_TIMEOUT_S = 60.0
 _PIDFD = "anon_inode:[pidfd]"
 
 During = Callable[[Migration], object]
@@ -53,6 +56,7 @@ class Rig:
     home: AgentHost
     away: AgentHost
     descriptors: dict[str, int] = field(default_factory=dict)
+    settings: MigrationSettings | None = None
 
     # Migrations
 
@@ -153,6 +157,15 @@ class Rig:
 
     # What must hold after every fault
 
+    def settings_of(self, end: AgentHost) -> MigrationSettings:
+        """What the guest's QEMU there is set to for a migration, once the agent has let go of its socket."""
+
+        async def look() -> MigrationSettings:
+            async with QmpMachine.connect(str(self.guest.machines[end.name].qmp_path)) as machine:
+                return await machine.migration_settings()
+
+        return asyncio.run(look())
+
     def note_descriptors(self) -> None:
         self.descriptors = {end.name: len(end.descriptors()) for end in (self.home, self.away)}
 
@@ -172,11 +185,12 @@ class Rig:
         self.assert_goes_on()
 
     def assert_goes_on(self) -> None:
-        """The guest counts on, without a gap, here and only here; nothing else is left."""
+        """The guest counts on, without a gap, here and only here; nothing else is left, in QEMU's settings neither."""
         self.guest.wait_ticks(2)
         assert self.guest.console.is_contiguous
         assert not self.guest.console.corruptions
         self.assert_tidy()
+        assert self.settings_of(self.home) == self.settings
         with self.home.client() as client:
             assert client.vm(self.guest.name).state == "running"
             assert client.host().migrations_active == 0
@@ -261,6 +275,7 @@ def make_rig(
         guest = pair.add_guest(hardware=hardware, workload=workload, qemu=qemu)
         pair.start_guest(guest, pair.a)
         rig = Rig(pair, guest, pair.a, pair.b)
+        rig.settings = rig.settings_of(rig.home)
         for end in (pair.a, pair.b):
             with end.client() as client:
                 client.vms()

@@ -1,14 +1,16 @@
 """Cancelling, hooks, a second migration of the same VM, a link that stalls, disks that are full."""
 
+import asyncio
 import contextlib
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from sealane.errors import SealaneError
 from sealane.host.models import Migration, MigrationRequest
+from sealane.hypervisor.qmp import QmpMachine
 from sealane.testing.faults import on_record, stall
 from sealane.testing.pair import AgentHost
 from tests.e2e.rig import MIB, SLOWLY, Attempt, Rig, make_rig
@@ -16,6 +18,7 @@ from tests.e2e.rig import MIB, SLOWLY, Attempt, Rig, make_rig
 pytestmark = pytest.mark.e2e
 
 MIDDLE = 8 * MIB
+OWN: Mapping[str, object] = {"downtime-limit": 2000, "max-bandwidth": 1 << 40}
 
 
 # Cancel
@@ -49,6 +52,37 @@ def test_cancel_twice_and_too_late(rig: Rig) -> None:
     rig.assert_aborted(attempt, "migration.cancelled")
     with rig.home.client() as client, pytest.raises(SealaneError, match=r"migration\.over"):
         client.cancel(attempt.source.id)
+
+
+# What a move leaves in QEMU
+
+
+def test_a_migrate_by_hand_after_a_cancelled_move(rig: Rig) -> None:
+    """It finds the settings that a person made before, and ends without a word of Sealane's."""
+
+    async def by_hand() -> None:
+        async with QmpMachine.connect(str(rig.guest.machines[rig.home.name].qmp_path)) as qemu:
+            assert (await qemu.migration_settings()).parameters["downtime-limit"] == OWN["downtime-limit"]
+            await qemu.migrate("exec:cat >/dev/null")
+            await qemu.wait_migration({"completed"}, 60.0)
+            await qemu.resume()
+
+    async def set_by_hand(values: Mapping[str, object]) -> None:
+        async with QmpMachine.connect(str(rig.guest.machines[rig.home.name].qmp_path)) as qemu:
+            await qemu.execute("migrate-set-parameters", values)
+
+    fresh = rig.settings
+    assert fresh is not None
+    asyncio.run(set_by_hand(OWN))
+    rig.settings = rig.settings_of(rig.home)
+    assert OWN.items() <= rig.settings.parameters.items()
+    attempt = rig.attempt(during=lambda found: cancel(rig.home, found), at_bytes=MIDDLE, **SLOWLY)
+    rig.assert_aborted(attempt, "migration.cancelled")
+    asyncio.run(by_hand())
+    asyncio.run(set_by_hand({name: fresh.parameters[name] for name in OWN}))
+    rig.settings = fresh
+    rig.assert_goes_on()
+    rig.assert_arrived(rig.attempt())
 
 
 # The switch-over hook

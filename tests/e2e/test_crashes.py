@@ -220,7 +220,7 @@ def executables(end: AgentHost) -> list[str]:
     return found
 
 
-def wait(condition: Callable[[], bool], what: str, timeout_s: float = 12.0) -> None:
+def wait(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, what

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sealane.host.agent import Agent
-from sealane.host.jobs import Job
+from sealane.host.job import Job
 from sealane.host.models import Migration, MigrationRequest, Peer, VmDefinition
 
 

@@ -23,6 +23,7 @@ from sealane.host.api import create_app
 from sealane.host.config import Settings
 from sealane.host.models import Event, Host, Migration, Problem
 from sealane.host.recovery import Recovery
+from sealane.host.skew import AGENT_IS_OLDER, CALLER_IS_OLDER, VERSION_HEADER, own_version
 from sealane.paths import Paths
 from tests.host.factories import migration
 from tests.host.stand_ins import StandInJob, StandInListener, make_source
@@ -137,6 +138,40 @@ async def test_every_endpoint_has_one_shape_of_error(client: httpx.AsyncClient) 
         problem(await client.get(nowhere), "usage.argument", 404)
 
 
+async def test_a_caller_of_another_version_is_told_so(client: httpx.AsyncClient) -> None:
+    """What a newer command line asks for is never passed over, and what an older one leaves out not guessed."""
+    client.headers[VERSION_HEADER] = "7.0.0"
+    move = {"vm": "web01", "host": "host-b"}
+    for unknown in (
+        await client.post("/v1/migrations", json={**move, "by_night": True}),
+        await client.get("/v1/migrations", params={"by_night": "true"}),
+        await client.post("/v1/by-night", json={}),
+        await client.put("/v1/host"),
+    ):
+        told = problem(unknown, "agent.version", 409)
+        assert "Sealane 7.0.0" in told.detail
+        assert f"this agent {own_version()}" in told.detail
+        assert told.mend == AGENT_IS_OLDER
+        assert unknown.headers[VERSION_HEADER] == own_version()
+    told = problem(await client.post("/v1/migrations", json={"vm": "web01"}), "agent.version", 409)
+    assert "host: Field required" in told.detail
+    assert told.mend == CALLER_IS_OLDER
+
+
+async def test_the_total_rate_is_changed_live(client: httpx.AsyncClient, agent: Agent) -> None:
+    assert (await client.get("/v1/rate")).json() == {"max_bytes_per_s": 0}
+    assert (await client.put("/v1/rate", json={"max_bytes_per_s": 9})).json() == {"max_bytes_per_s": 9}
+    assert agent.rates.total_bytes_per_s == 9
+    for bad in (-1, 2**63, None, "9 apples"):
+        problem(await client.put("/v1/rate", json={"max_bytes_per_s": bad}), "usage.argument", 400)
+
+
+async def test_no_caller_has_an_option_passed_over(client: httpx.AsyncClient) -> None:
+    for method, path in (("get", "/v1/vms"), ("get", "/v1/migrations/1/events"), ("post", "/v1/vms/web01/vtpm/start")):
+        told = problem(await client.request(method, path, params={"by_night": "true"}), "usage.argument", 400)
+        assert "by_night" in told.detail
+
+
 async def test_a_bug_and_a_broken_store_have_it_too(
     client: httpx.AsyncClient, agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +224,7 @@ async def test_a_recovery_that_fails_is_tried_again(paths: Paths, monkeypatch: p
         tries[0] += 1
         if tries[0] == 3:
             thrice.set()
+            await asyncio.Event().wait()  # a loop without a pause would leave the agent no time to end
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(Recovery, "recover", fails)

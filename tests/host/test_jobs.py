@@ -260,7 +260,7 @@ async def test_stopping_ends_what_waits_at_once(store: Store) -> None:
     first, second = ask(jobs, store, "a"), ask(jobs, store, "b")
     stopping = asyncio.create_task(jobs.stop(60.0))
     migration = await finished(second)
-    assert (migration.state, migration.problem and migration.problem.code) == ("aborted", "agent.stopping")
+    assert (migration.state, migration.problem and migration.problem.code) == ("aborted", "queue.lost")
     assert first.migration.state == "preparing"
     first.steps.put_nowait(None)
     await stopping
@@ -271,8 +271,10 @@ async def test_a_peer_cannot_fill_the_journal_with_refused_wishes(store: Store) 
     jobs = Jobs(store, limits=LimitSettings(refusals_per_peer_per_hour=3), monotonic=lambda: now[0])
     for number in range(10):
         for peer in ("b", "c"):
-            jobs.refuse(make_error("vm.unknown"), vm="x", role="destination", peer=peer, id=f"{peer}{number:031x}")
+            jobs.refusals.refuse(
+                make_error("vm.unknown"), vm="x", role="destination", peer=peer, id=f"{peer}{number:031x}"
+            )
     assert len(store.migrations()) == 6
     now[0] = 1200.0
-    jobs.refuse(make_error("vm.unknown"), vm="x", role="destination", peer="b", id=f"{99:032x}")
+    jobs.refusals.refuse(make_error("vm.unknown"), vm="x", role="destination", peer="b", id=f"{99:032x}")
     assert len(store.migrations()) == 7

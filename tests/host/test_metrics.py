@@ -20,6 +20,7 @@ class Facts:
     def __init__(self) -> None:
         self.under_way: list[Migration] = []
         self.queue_length, self.peers_count, self.last_receipt = 2, 3, 17
+        self.total_rate_max = 5_000_000
         self.not_after = datetime(2030, 1, 1, tzinfo=UTC)
 
 

@@ -14,7 +14,7 @@ from sealane.host.models import Migration
 from sealane.host.problems import problem_of
 from sealane.host.recovery import Recovery
 from sealane.host.store import JournalEntry, Store
-from sealane.hypervisor.driver import MigrationParameters
+from sealane.hypervisor.driver import MigrationParameters, MigrationSettings
 from sealane.hypervisor.launch import LaunchedMachine, launch_incoming, start_time_ticks
 from sealane.hypervisor.qmp import QmpMachine
 from tests.host.factories import NOW, migration
@@ -25,13 +25,14 @@ QEMU = skip_without_qemu()[-1]
 
 
 @contextlib.asynccontextmanager
-async def stopped_by_migration(tmp_path: Path, *, completed: bool) -> AsyncIterator[None]:
-    """A source QEMU whose agent vanished in the switch-over, or after QEMU had sent everything."""
+async def stopped_by_migration(tmp_path: Path, *, completed: bool) -> AsyncIterator[MigrationSettings]:
+    """A source QEMU whose agent vanished in the switch-over, or after QEMU had sent everything; what it was set to before."""
     async with (
         running(command(QEMU, tmp_path / "s"), tmp_path / "s") as source,
         running(command(QEMU, tmp_path / "d", "-incoming", "defer"), tmp_path / "d") as destination,
     ):
         await destination.configure_migration(MigrationParameters(), incoming=True)
+        before = await source.migration_settings()
         await source.configure_migration(MigrationParameters(), incoming=False)
         await destination.migrate_incoming(f"unix:{tmp_path / 'm'}")
         await source.migrate(f"unix:{tmp_path / 'm'}")
@@ -40,12 +41,12 @@ async def stopped_by_migration(tmp_path: Path, *, completed: bool) -> AsyncItera
             await source.migrate_continue()
             await source.wait_migration({"completed"}, 60)
         await source.aclose()
-        yield
+        yield before
 
 
 async def recovered(store: Store, qmp: Path) -> tuple[Jobs, Recovery]:
     jobs = Jobs(store)
-    recovery = Recovery(store, jobs, lambda _vm: str(qmp), qmp_timeout_s=5)
+    recovery = Recovery(store, jobs, lambda _vm: str(qmp), qmp_timeout_s=60)  # a starved QEMU answers all the same
     await recovery.recover()
     return jobs, recovery
 
@@ -68,8 +69,11 @@ async def run_state(path: Path) -> str:
 async def test_source(tmp_path: Path, completed: bool, state: str, ends: str, runs: bool) -> None:
     with Store(tmp_path / "db") as store:
         store.journal(migration(1, state=state), qmp=str(tmp_path / "s"))
-        async with stopped_by_migration(tmp_path, completed=completed):
+        async with stopped_by_migration(tmp_path, completed=completed) as before:
+            store.journal(migration(1, state=state), qemu_before=before)
             jobs, _ = await recovered(store, tmp_path / "s")
+            async with QmpMachine.connect(str(tmp_path / "s"), 10) as machine:
+                assert (await machine.migration_settings() == before) == runs
             assert await run_state(tmp_path / "s") in ({"running"} if runs else {"finish-migrate", "postmigrate"})
         after = store.migrations()[0]
         assert (after.state, after.runs_at) == (ends, "source" if runs else "in-doubt")
@@ -193,6 +197,15 @@ async def test_what_a_job_could_not_do_at_its_end_is_done_later(tmp_path: Path, 
         assert after.ended_at
         assert after.problem
         assert after.problem.code == "peer.slow"  # why it was aborted, not that it was recovered
+
+
+async def test_what_waited_in_the_queue_is_told_to_be_lost(tmp_path: Path) -> None:
+    with Store(tmp_path / "db") as store:
+        store.journal(migration(1, state="queued"))
+        jobs, _ = await recovered(store, tmp_path / "q")
+        after = store.migrations()[0]
+        assert (after.state, after.runs_at, after.problem and after.problem.code) == ("aborted", "source", "queue.lost")
+        assert jobs.active_for("web01") is None
 
 
 async def test_one_that_hangs_or_fails_oddly_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,11 @@ import pytest
 from sealane.errors import SealaneError
 from sealane.host.models import Peer, VmDefinition
 from sealane.host.store import Store
+from sealane.hypervisor.driver import MigrationSettings
 from sealane.hypervisor.launch import LaunchedMachine
 from tests.host.factories import NOW, migration
+
+BEFORE = MigrationSettings(frozenset({"auto-converge"}), {"max-bandwidth": 1 << 40, "mode": "normal"})
 
 
 def test_keeps_everything_over_a_restart(tmp_path: Path) -> None:
@@ -24,7 +27,9 @@ def test_keeps_everything_over_a_restart(tmp_path: Path) -> None:
     with Store(path, clock=lambda: NOW) as store:
         store.put_peer(peer)
         store.add_vm(vm)
-        store.journal(migration(1, state="copying"), qmp="/q", launched=LaunchedMachine(7, 9), epoch=4)
+        store.journal(
+            migration(1, state="copying"), qmp="/q", launched=LaunchedMachine(7, 9), epoch=4, qemu_before=BEFORE
+        )
         store.journal(migration(1, state="handing-over"), epoch=3)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     with Store(path) as store:
@@ -32,6 +37,7 @@ def test_keeps_everything_over_a_restart(tmp_path: Path) -> None:
         assert store.vms() == [vm]
         (entry,) = store.unfinished()
         assert (entry.migration.state, entry.qmp, entry.launched) == ("handing-over", "/q", LaunchedMachine(7, 9))
+        assert entry.qemu_before == BEFORE
         assert store.epoch("web01") == 4  # never back
         assert store.epoch("other") == 0
         assert store.remove_vm("web01")

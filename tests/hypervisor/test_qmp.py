@@ -12,7 +12,8 @@ import pytest
 
 from sealane.errors import SealaneError
 from sealane.hypervisor.driver import Closed, MigrationParameters, QmpEvent, VmEvent
-from sealane.hypervisor.qmp import BANDWIDTH_UNBOUNDED, EventStream, QmpMachine
+from sealane.hypervisor.qmp import BANDWIDTH_UNBOUNDED, QmpMachine
+from sealane.hypervisor.qmp_connection import EventStream
 from tests.hypervisor.machines import MEMORY_MIB, UUID, command, running, skip_without_qemu
 
 pytestmark = pytest.mark.e2e
@@ -115,6 +116,31 @@ async def test_takes_the_vm_back_after_postmigrate(qemu: str, tmp_path: Path) ->
         await destination.quit()
         await source.resume()
         assert await source.run_state() == "running"
+
+
+async def test_what_was_set_for_a_migration_is_set_back(qemu: str, tmp_path: Path) -> None:
+    """Then a person's own `migrate` ends without the word that Sealane's would wait for."""
+    wanted = MigrationParameters(multifd_channels=3, max_bandwidth_bytes_per_s=5 << 20, downtime_limit_ms=7)
+    async with (
+        running(command(qemu, tmp_path / "s"), tmp_path / "s") as source,
+        running(command(qemu, tmp_path / "d", "-incoming", "defer"), tmp_path / "d") as destination,
+    ):
+        own: dict[str, object] = {"max-bandwidth": 64 << 20, "downtime-limit": 123, "multifd-channels": 5}
+        await source.execute("migrate-set-parameters", own)
+        on = {"capabilities": [{"capability": "auto-converge", "state": True}]}
+        await source.execute("migrate-set-capabilities", on)
+        before = {machine: await machine.migration_settings() for machine in (source, destination)}
+        assert "auto-converge" in before[source].capabilities
+        assert own.items() <= before[source].parameters.items()
+        await source.configure_migration(wanted, incoming=False)
+        await destination.configure_migration(wanted, incoming=True)
+        for machine, settings in before.items():
+            assert (await machine.migration_settings()) != settings
+            await machine.restore_migration(settings)
+            assert (await machine.migration_settings()) == settings
+        await source.migrate("exec:cat >/dev/null")
+        await source.wait_migration({"completed"}, 60)
+        assert await source.run_state() == "postmigrate"
 
 
 async def pages_flow(source: QmpMachine) -> None:

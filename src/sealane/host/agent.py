@@ -29,7 +29,8 @@ from sealane.host.fleet.membership import Membership
 from sealane.host.fleet.office import Office
 from sealane.host.fleet.registry import Registry as FleetRegistry
 from sealane.host.fleet.renewing import EnrolmentTerms, FleetHostSide, KnownFleet, shown_reference
-from sealane.host.jobs import Job, Jobs
+from sealane.host.job import Job
+from sealane.host.jobs import Jobs
 from sealane.host.limits import least_rate
 from sealane.host.listener import PeerListener
 from sealane.host.logs import configure_logs
@@ -62,6 +63,7 @@ from sealane.host.policy import UNKNOWN_CALLER, Caller, Move, load_policy
 from sealane.host.proving import TpmProving
 from sealane.host.queue import Turn
 from sealane.host.quoting import QuotingService, incoming_binaries
+from sealane.host.rates import SharedRate
 from sealane.host.receipts.chain import Receipts
 from sealane.host.recovery import Recovery
 from sealane.host.registry import Registry
@@ -122,6 +124,7 @@ class Agent:
         self.receipts = Receipts(paths.state, self.store, self.identity, self.identity.name)
         self.metrics = Metrics()
         self.jobs = Jobs(self.store, limits=settings.limits, issue=self.receipts.issue, observer=self.metrics)
+        self.rates = SharedRate(settings.limits.total_rate_max_bytes_per_s)
         self.membership = Membership(paths, settings, self.identity)
         self.peers = Peers(self.store, self.membership.peers)
         self.registry = Registry(self.store, paths.config / VMS_FILE, self.jobs, libvirt=settings.libvirt)
@@ -397,6 +400,10 @@ class _Facts:
     @property
     def queue_length(self) -> int:
         return self._agent.jobs.queue.waiting_count
+
+    @property
+    def total_rate_max(self) -> int:
+        return self._agent.rates.total_bytes_per_s
 
     @property
     def peers_count(self) -> int:

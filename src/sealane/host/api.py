@@ -5,13 +5,14 @@ from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, Final, Protocol
 
 import structlog
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 import sealane
 from sealane.errors import SealaneError, UsageError, make_error
+from sealane.host import skew
 from sealane.host.callers import caller_of_uid
 from sealane.host.fleet.renewing import FleetHostSide
 from sealane.host.jobs import Jobs
@@ -32,6 +33,7 @@ from sealane.host.models import (
     PolicyQuestion,
     Problem,
     ResolveRequest,
+    TotalRate,
     Vm,
     VmDefinition,
     VtpmView,
@@ -40,7 +42,9 @@ from sealane.host.pairing import PairingDesk
 from sealane.host.peers import Peers
 from sealane.host.policy import UNKNOWN_CALLER, Caller
 from sealane.host.problems import MEDIA_TYPE, problem_of
+from sealane.host.rates import SharedRate
 from sealane.host.registry import Registry
+from sealane.host.skew import VERSION_HEADER
 from sealane.host.vtpm import Vtpms
 from sealane.limits import DEFAULT_PORT
 from sealane.session.pairing import Purpose
@@ -73,6 +77,7 @@ class ApiAgent(Protocol):
     metrics: Metrics
     vtpms: Vtpms
     fleet: FleetHostSide
+    rates: SharedRate
 
     def describe(self) -> Host:
         """Who this agent is."""
@@ -113,18 +118,41 @@ def _sentence(error: RequestValidationError) -> str:
     return f"{where or 'body'}: {first['msg']}"
 
 
+def _misfit(request: Request, error: RequestValidationError) -> SealaneError:
+    """A command line sends only what fits its own models: what does not fit ours is of another version."""
+    caller = request.headers.get(VERSION_HEADER)
+    if caller is None:
+        return UsageError("usage.argument", _sentence(error))
+    misfits = error.errors()
+    older = skew.is_older(misfits)
+    words = f"it does not know {skew.names_of(misfits)}" if older else _sentence(error)
+    return skew.refusal(caller, words, agent_is_older=older)
+
+
+def _known_options(request: Request) -> None:
+    """A dependency of every path: an option that a path does not have is refused, and not passed over."""
+    route = request.scope["route"]
+    known = {parameter.alias for parameter in route.dependant.query_params}
+    if unknown := sorted(set(request.query_params) - known):
+        raise RequestValidationError(
+            [{"type": "extra_forbidden", "loc": ("query", name), "msg": "no such option"} for name in unknown]
+        )
+
+
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(SealaneError)
     async def _on_sealane_error(_request: Request, error: SealaneError) -> Response:
         return _problem_response(problem_of(error))
 
     @app.exception_handler(RequestValidationError)
-    async def _on_validation_error(_request: Request, error: RequestValidationError) -> Response:
-        return _problem_response(problem_of(UsageError("usage.argument", _sentence(error))))
+    async def _on_validation_error(request: Request, error: RequestValidationError) -> Response:
+        return _problem_response(problem_of(_misfit(request, error)))
 
     @app.exception_handler(HTTPException)
     async def _on_http_error(request: Request, error: HTTPException) -> Response:
         detail = f"{request.method} {request.url.path}: {error.detail}"
+        if (caller := request.headers.get(VERSION_HEADER)) is not None:
+            return _problem_response(problem_of(skew.refusal(caller, detail, agent_is_older=True)))
         problem = problem_of(UsageError("usage.argument", detail, mend="see /openapi.json for what there is"))
         response = _problem_response(
             problem.model_copy(update={"status": error.status_code, "title": str(error.detail)})
@@ -156,7 +184,9 @@ def create_app(agent: ApiAgent) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         responses=_ERRORS,
+        dependencies=[Depends(_known_options)],
     )
+    app.add_middleware(skew.Versioned)
     _add_error_handlers(app)
     _add_host(app, agent)
     _add_vms(app, agent)
@@ -195,6 +225,18 @@ def _add_host(app: FastAPI, agent: ApiAgent) -> None:
     async def get_host() -> Host:
         """Name, version, fingerprint and address of this agent."""
         return agent.describe()
+
+    @app.get("/v1/rate", tags=["host"], summary="The total rate")
+    async def get_rate() -> TotalRate:
+        """The bound of all copies to other hosts together."""
+        return TotalRate(max_bytes_per_s=agent.rates.total_bytes_per_s)
+
+    @app.put("/v1/rate", tags=["host"], summary="Change the total rate")
+    async def put_rate(rate: TotalRate) -> TotalRate:
+        """Change the bound of all copies to other hosts together, those under way too, until the agent ends."""
+        agent.rates.total_bytes_per_s = rate.max_bytes_per_s
+        structlog.get_logger().info("total rate changed", max_bytes_per_s=rate.max_bytes_per_s)
+        return rate
 
     @app.get(
         "/metrics",

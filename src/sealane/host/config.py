@@ -51,6 +51,14 @@ class LimitSettings(Model):
     rate_max_bytes_per_s: Annotated[
         int, Field(ge=0, description="Rate of one migration to another host, in bytes a second; 0 is no bound.")
     ] = 0
+    total_rate_max_bytes_per_s: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Rate of all migrations to other hosts together, in bytes a second, shared fairly; 0 is no bound. "
+            "`sealane rate` changes it while the agent runs.",
+        ),
+    ] = 0
     time_max_s: Annotated[
         float,
         Field(

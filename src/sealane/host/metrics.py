@@ -37,6 +37,7 @@ STATES: Final = (
     "completed",
     "aborted",
 )
+_COPYING: Final = ("copying", "postcopy")
 OUTCOMES: Final = ("completed", "aborted", "in-doubt")
 REASONS: Final = ("zero", "same", "zstd")
 # Small guests on a fast line take a second, large ones over a slow line hours.
@@ -88,6 +89,14 @@ METRICS: Final[dict[str, Described]] = {
     "sealane_refused_wishes_unjournalled_total": Described(
         "counter", "", "Those of them that came too fast to be journalled (limits.refusals_per_peer_per_hour)."
     ),
+    "sealane_rate_limit_bytes_per_second": Described(
+        "gauge",
+        "",
+        "Bound of all copies to other hosts together; 0 is none (limits.total_rate_max_bytes_per_s, `sealane rate`).",
+    ),
+    "sealane_rate_bytes_per_second": Described(
+        "gauge", "", "Rate of all copies to other hosts together, as their QEMUs told it last."
+    ),
     "sealane_peers": Described("gauge", "", "Hosts that are trusted."),
     "sealane_receipts": Described("gauge", "", "Number of the last receipt of this host's chain."),
     "sealane_certificate_not_after_timestamp_seconds": Described(
@@ -106,6 +115,10 @@ class Facts(Protocol):
     @property
     def queue_length(self) -> int:
         """How many wait."""
+
+    @property
+    def total_rate_max(self) -> int:
+        """The bound of all copies to other hosts together."""
 
     @property
     def peers_count(self) -> int:
@@ -216,11 +229,16 @@ class _Gauges(Collector):
         """The gauges now."""
         facts = self._facts
         counts = {(role, state): 0 for role in ROLES for state in STATES}
+        rate = 0.0
         for migration in facts.under_way:
             counts[migration.role, migration.state] += 1
+            if migration.role == "source" and migration.state in _COPYING:
+                rate += migration.progress.rate_bytes_per_s or 0.0
         yield _gauge("sealane_migrations", counts, "role", "state")
         yield _gauge("sealane_build_info", {(sealane.__version__,): 1}, "version")
         yield _gauge("sealane_queue_length", {(): facts.queue_length})
+        yield _gauge("sealane_rate_limit_bytes_per_second", {(): facts.total_rate_max})
+        yield _gauge("sealane_rate_bytes_per_second", {(): rate})
         yield _gauge("sealane_peers", {(): facts.peers_count})
         yield _gauge("sealane_receipts", {(): facts.last_receipt})
         yield _gauge("sealane_certificate_not_after_timestamp_seconds", {(): facts.not_after.timestamp()})

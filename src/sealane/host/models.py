@@ -71,6 +71,12 @@ class Host(Model):
     migrations_active: int
 
 
+class TotalRate(Model):
+    """The bound of all copies to other hosts together, in bytes a second; 0 is none."""
+
+    max_bytes_per_s: Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class Peer(Model):
     """A host whose certificate is trusted; without an address it can only be received from."""
 
@@ -108,6 +114,7 @@ class Vm(VmDefinition):
     qemu_version: str | None = None
     epoch: int = 0
     migration: MigrationId | None = None
+    migration_state: State | None = None
 
 
 class PageCounts(Model):
@@ -193,7 +200,8 @@ class NotSent(Model):
 
 
 class Progress(Model):
-    """How far a migration is. Rates are of the last interval; None where nothing is known yet.
+    """How far a migration is. Rates are of the last interval; None where nothing is known yet. `rate_limit_bytes_per_s` is the
+    bound that holds now, of its own or its share of the host's; 0 is none.
 
     `converges` False: the guest writes faster than the copy goes, and no end is in sight; `stalled_s` is how long there
     was no progress, `throttle_percent` how far QEMU slows the guest down, `postcopy_requests` how many pages the guest, which
@@ -206,6 +214,7 @@ class Progress(Model):
     bytes_wire: int = 0
     not_sent: NotSent = NotSent()
     rate_bytes_per_s: float | None = None
+    rate_limit_bytes_per_s: int = 0
     dirty_rate_bytes_per_s: float | None = None
     iteration: int = 0
     eta_s: float | None = None

@@ -8,6 +8,7 @@ its group's) holds up nobody behind it.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from sealane.errors import make_error
 from sealane.host.config import LimitSettings
@@ -36,6 +37,10 @@ class Turn:
     group_max: int = 0
     time_max_s: float = math.inf
     check_again: Callable[[], None] = _nothing_to_check
+
+
+# Of what waits for nothing.
+NOW: Final = Turn()
 
 
 @dataclass(frozen=True)

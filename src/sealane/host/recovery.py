@@ -30,6 +30,7 @@ import structlog
 
 from sealane.errors import SealaneError, make_error
 from sealane.host.jobs import Jobs
+from sealane.host.migration import settings
 from sealane.host.migration.postcopy_destination import has_switched
 from sealane.host.models import Migration, RunsAt
 from sealane.host.problems import problem_of
@@ -141,6 +142,7 @@ class Recovery:
                 if run_state in ours:
                     await machine.resume()
                     run_state = await machine.run_state()
+                await settings.restore(machine, entry.qemu_before)
         except SealaneError as error:
             if not is_absent(error):
                 raise
@@ -171,6 +173,7 @@ class Recovery:
                 if await machine.run_state() != "running":
                     await machine.resume()
                 if (await machine.migration_status()).status == "completed":
+                    await settings.restore(machine, entry.qemu_before)
                     return _changed(entry, state="completed", runs_at="destination", detail="all of its memory is here")
         except SealaneError as error:
             if not is_absent(error):
@@ -199,13 +202,15 @@ class Recovery:
             return False
 
     async def _unqueue(self, entry: JournalEntry) -> Migration:
-        return _aborted(entry, "source", "it waited in the queue; the VM was not touched")
+        problem = problem_of(make_error("queue.lost"))
+        return _changed(entry, state="aborted", runs_at="source", problem=problem, queue=None, detail="")
 
     async def _keep_in_doubt(self, entry: JournalEntry) -> Migration:
         """Only the destination's refusal, or a person, makes a released VM run here: then there is no doubt left."""
         with contextlib.suppress(SealaneError):
             async with self._machine(entry) as machine:
                 if await machine.run_state() == "running":
+                    await settings.restore(machine, entry.qemu_before)
                     return _aborted(entry, "source", "the VM runs here again")
         problem = entry.migration.problem or problem_of(make_error("handover.in-doubt"))
         return _changed(entry, state="in-doubt", runs_at="in-doubt", problem=problem)
@@ -248,6 +253,7 @@ class Recovery:
             async with self._machine(entry) as machine:
                 if await machine.run_state() != "running":
                     await machine.resume()
+                await settings.restore(machine, entry.qemu_before)
         except SealaneError as error:
             if not is_absent(error):
                 raise

@@ -129,7 +129,7 @@ class Registry:
             facts["driver"] = "libvirt"
         held = self._jobs.active_for(vm.name)
         if held is not None and held.state == "queued":
-            facts["migration"] = held.id  # nothing holds the VM yet
+            facts.update(migration=held.id, migration_state=held.state)  # nothing holds the VM yet
         elif held is not None:
             job = self._jobs.job_for(vm.name)
             return Vm.model_validate({**facts, **_held(held, job.description if job else None)})
@@ -145,7 +145,8 @@ class Registry:
 
 def _held(migration: Migration, description: VmDescription | None) -> dict[str, Any]:
     state = _HELD.get((migration.role, migration.state), "incoming")
-    return {**(_described(description) if description else {}), "state": state, "migration": migration.id}
+    about = {"migration": migration.id, "migration_state": migration.state}
+    return {**(_described(description) if description else {}), "state": state, **about}
 
 
 def _of_libvirt(domain: DomainVm) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 the hand-over's promises rest on it. All calls are synchronous and short; they belong to the thread that opened the store.
 """
 
+import json
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from pydantic import TypeAdapter
 
 from sealane.errors import make_error
 from sealane.host.models import Migration, Peer, PeerTrust, VmDefinition
+from sealane.hypervisor.driver import MigrationSettings
 from sealane.hypervisor.launch import LaunchedMachine
 
 SCHEMA: Final = """
@@ -50,6 +52,9 @@ CREATE TABLE sightings (fingerprint TEXT PRIMARY KEY, trust TEXT NOT NULL, seen_
     """
 ALTER TABLE vms ADD COLUMN vtpm TEXT;
 """,
+    """
+ALTER TABLE migrations ADD COLUMN qemu_before TEXT;
+""",
 )
 SCHEMA_VERSION: Final = 1 + len(UPGRADES)
 
@@ -61,11 +66,15 @@ _LABELS: Final = TypeAdapter(dict[str, str])
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """A migration as the journal knows it, with what a new agent needs to mend it."""
+    """A migration as the journal knows it, with what a new agent needs to mend it.
+
+    `qemu_before` is what the VM's QEMU was set to before the migration, where it was set anew for it.
+    """
 
     migration: Migration
     qmp: str | None = None
     launched: LaunchedMachine | None = None
+    qemu_before: MigrationSettings | None = None
 
 
 def utc_now() -> datetime:
@@ -223,6 +232,7 @@ class Store:
         qmp: str | None = None,
         launched: LaunchedMachine | None = None,
         epoch: int | None = None,
+        qemu_before: MigrationSettings | None = None,
     ) -> None:
         """Write where a migration stands; durable on return. None leaves what an earlier entry said.
 
@@ -232,13 +242,14 @@ class Store:
         pid, ticks = (launched.pid, launched.start_time_ticks) if launched else (None, None)
         with self._transaction() as db:
             db.execute(
-                "INSERT INTO migrations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
+                "INSERT INTO migrations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
                 "state = excluded.state, snapshot = excluded.snapshot, changed_at = excluded.changed_at, "
                 "qmp = coalesce(excluded.qmp, qmp), launched_pid = coalesce(excluded.launched_pid, launched_pid), "
-                "launched_start_ticks = coalesce(excluded.launched_start_ticks, launched_start_ticks)",
+                "launched_start_ticks = coalesce(excluded.launched_start_ticks, launched_start_ticks), "
+                "qemu_before = coalesce(excluded.qemu_before, qemu_before)",
                 (
                     *(migration.id, migration.number, migration.vm, migration.role, migration.peer),
-                    *(migration.state, migration.model_dump_json(), qmp, pid, ticks, now),
+                    *(migration.state, migration.model_dump_json(), qmp, pid, ticks, now, _encoded(qemu_before)),
                 ),
             )
             if epoch is not None:
@@ -319,12 +330,25 @@ class Store:
         return {str(fingerprint): PeerTrust.model_validate_json(str(trust)) for fingerprint, trust in rows}
 
     def _entries(self, clause: str, *values: object) -> list[JournalEntry]:
-        query = f"SELECT snapshot, qmp, launched_pid, launched_start_ticks FROM migrations {clause}"  # noqa: S608
+        columns = "snapshot, qmp, launched_pid, launched_start_ticks, qemu_before"
+        query = f"SELECT {columns} FROM migrations {clause}"  # noqa: S608
         return [
             JournalEntry(
                 Migration.model_validate_json(str(snapshot)),
                 qmp if isinstance(qmp, str) else None,
                 LaunchedMachine(pid, ticks) if isinstance(pid, int) and isinstance(ticks, int) else None,
+                _decoded(settings) if isinstance(settings, str) else None,
             )
-            for snapshot, qmp, pid, ticks in self._rows(query, *values)
+            for snapshot, qmp, pid, ticks, settings in self._rows(query, *values)
         ]
+
+
+def _encoded(settings: MigrationSettings | None) -> str | None:
+    if settings is None:
+        return None
+    return json.dumps({"capabilities": sorted(settings.capabilities), "parameters": dict(settings.parameters)})
+
+
+def _decoded(text: str) -> MigrationSettings:
+    stored = json.loads(text)
+    return MigrationSettings(frozenset(stored["capabilities"]), stored["parameters"])

@@ -47,6 +47,17 @@ class MigrationParameters:
 
 
 @dataclass(frozen=True)
+class MigrationSettings:
+    """What a QEMU is set to for its next migration, as far as a driver changes it: so that it can be put back.
+
+    `capabilities` are those that are on, `parameters` those that a driver sets, each with its value.
+    """
+
+    capabilities: frozenset[str]
+    parameters: Mapping[str, object]
+
+
+@dataclass(frozen=True)
 class MigrationStatus:
     """One look at a migration; sizes in bytes of guest RAM, `iteration` is QEMU's dirty-sync-count."""
 
@@ -94,6 +105,15 @@ class VmDriver(Protocol):
 
     async def configure_migration(self, parameters: MigrationParameters, *, incoming: bool) -> None:
         """Set every capability and parameter that matters, so that nothing is left from an earlier migration."""
+
+    async def migration_settings(self) -> MigrationSettings:
+        """What `configure_migration` will change."""
+
+    async def restore_migration(self, settings: MigrationSettings) -> None:
+        """Put back what `configure_migration` changed; only while no migration is under way."""
+
+    async def set_bandwidth(self, bytes_per_s: int) -> None:
+        """Bound a copy, also one that is under way; 0 is unbounded."""
 
     async def migrate(self, uri: str) -> None:
         """Start to send the VM to `uri`."""

@@ -1,40 +1,26 @@
-"""QEMU over QMP, on QEMU's own client library (qemu.qmp).
-
-QMP serves one client at a time: a second one connects and then waits for its greeting, which `connect` tells as
-`vm.unreachable`. The library logs every message at debug level; here nothing of a message is ever logged, since
-`object-add secret` and its like carry keys.
-"""
+"""QEMU over QMP: what it is, its run state, and its migrations."""
 
 import asyncio
 import contextlib
-import logging
-import socket
-import struct
-import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Final, Self, cast
-
-from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
-from qemu.qmp.message import Message
+from typing import Final, cast
 
 from sealane.errors import SealaneError, make_error
 from sealane.hypervisor.driver import (
     INACTIVE_STATUSES,
     TERMINAL_STATUSES,
-    Closed,
     MigrationParameters,
+    MigrationSettings,
     MigrationStatus,
     QmpEvent,
     VmDescription,
-    VmEvent,
 )
+from sealane.hypervisor.qmp_connection import EventStream, QmpConnection, as_dict, as_int
 from sealane.limits import QMP_TIMEOUT_S
 
 # `max-bandwidth` is a size (uint64); QEMU computes with it in int64 (migration/migration.c, migration_rate_set).
 BANDWIDTH_UNBOUNDED: Final = 2**63 - 1
-# Events that a slow reader may leave waiting. A migration makes a dozen, a guest in a reset loop some per second.
-EVENTS_WAITING_MAX: Final = 4096
 QEMU_DEFAULT_DOWNTIME_LIMIT_MS: Final = 300
 # How often to look where MIGRATION events are off (a migration that something else began).
 BLIND_LOOK_INTERVAL_S: Final = 0.1
@@ -42,9 +28,6 @@ BLIND_LOOK_INTERVAL_S: Final = 0.1
 _PAUSES_BY_ITSELF_S: Final = 2.0
 
 _ENDED: Final = {"completed": "completed already", "failed": "failed", "cancelled": "was cancelled"}
-
-_SILENT: Final = logging.Logger("sealane.hypervisor.qmp.silent")
-_SILENT.disabled = True
 
 # QEMU's default: how far auto-converge slows a guest down at first; it goes on in steps of `cpu-throttle-increment`.
 THROTTLE_INITIAL_PERCENT: Final = 20
@@ -64,234 +47,37 @@ _PARAMETER_DEFAULTS: Final[Mapping[str, object]] = {
     "cpu-throttle-increment": 10,
     "max-cpu-throttle": 99,
 }
-
-
-def _as_dict(value: object) -> dict[str, object]:
-    return cast(dict[str, object], value) if isinstance(value, dict) else {}
-
-
-def _as_int(value: object) -> int:
-    return int(value) if isinstance(value, int | float) else 0
+# All that `configure_migration` may set, and `restore_migration` puts back.
+_PARAMETERS_SET: Final = frozenset({*_PARAMETER_DEFAULTS, "max-bandwidth", "downtime-limit", "multifd-channels"})
 
 
 def _as_dicts(value: object) -> list[dict[str, object]]:
-    return [_as_dict(item) for item in value] if isinstance(value, list) else []
+    return [as_dict(item) for item in value] if isinstance(value, list) else []
 
 
-class _Client(QMPClient):
-    """The library's client, silenced, that hands each event on as it comes."""
-
-    def __init__(self, on_event: Callable[[Message], None]) -> None:
-        super().__init__()
-        self.logger = _SILENT
-        self._on_event = on_event
-
-    def _cb_outbound(self, msg: Message) -> Message:
-        return msg
-
-    def _cb_inbound(self, msg: Message) -> Message:
-        return msg
-
-    async def _on_message(self, msg: Message) -> None:
-        if "event" in msg:
-            self._on_event(msg)
-        else:
-            await super()._on_message(msg)
-
-
-async def _open_socket(path: str) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, path)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _peer_pid(sock: socket.socket) -> int:
-    """The process that listens on the other end (unix(7), SO_PEERCRED); 0 if it lives in another pid namespace."""
-    pid, _uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return int(pid)
-
-
-class EventStream:
-    """An asynchronous iterator over one machine's events. When nobody reads, the oldest ones are dropped."""
-
-    def __init__(self) -> None:
-        self._waiting: asyncio.Queue[VmEvent] = asyncio.Queue(EVENTS_WAITING_MAX)
-        self._ended = False
-
-    def push(self, event: VmEvent) -> None:
-        """Add an event; never blocks."""
-        if self._waiting.full():
-            self._waiting.get_nowait()
-        self._waiting.put_nowait(event)
-
-    def taken(self) -> list[VmEvent]:
-        """What has arrived so far, without waiting."""
-        arrived = []
-        while not self._waiting.empty():
-            arrived.append(self._waiting.get_nowait())
-        self._ended = self._ended or any(isinstance(event, Closed) for event in arrived)
-        return arrived
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> VmEvent:
-        if self._ended:
-            raise StopAsyncIteration
-        event = await self._waiting.get()
-        self._ended = isinstance(event, Closed)
-        return event
-
-
-def _reason(error: BaseException) -> str:
-    """One line for a failure of the connection, never with a message's content."""
-    cause = error.exc if isinstance(error, ConnectError) else error
-    if isinstance(cause, OSError) and cause.strerror:
-        return cause.strerror
-    if isinstance(cause, EOFError):
-        return "QEMU closed the connection"
-    return type(cause).__name__
-
-
-class QmpMachine:
+class QmpMachine(QmpConnection):
     """One QEMU over its QMP socket; a `VmDriver`. Use `async with QmpMachine.connect(path)`."""
 
     def __init__(self, path: str, timeout_s: float = QMP_TIMEOUT_S) -> None:
-        self.path = path
-        self.pid = 0
-        self._timeout_s = timeout_s
-        self._client = _Client(self._dispatch)
-        self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
+        super().__init__(path, timeout_s)
         self._has_events = False
-        self._closed = asyncio.Event()
-        self._watcher: asyncio.Task[None] | None = None
-
-    def __repr__(self) -> str:
-        return f"QmpMachine({self.path!r}, pid={self.pid}, closed={self.is_closed})"
-
-    # Connection
-
-    @classmethod
-    def connect(cls, path: str, timeout_s: float = QMP_TIMEOUT_S) -> Self:
-        """A machine to be entered with `async with`; `timeout_s` bounds the connection and then every command."""
-        return cls(path, timeout_s)
-
-    async def __aenter__(self) -> Self:
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                sock = await _open_socket(self.path)
-                try:
-                    self.pid = _peer_pid(sock)
-                    await self._client.connect(sock)
-                except BaseException:
-                    sock.close()
-                    raise
-        except TimeoutError:
-            raise make_error("vm.unreachable", f"no greeting on {self.path} within {self._timeout_s:g} s") from None
-        except (OSError, QMPError, EOFError) as error:
-            raise make_error("vm.unreachable", f"{self.path}: {_reason(error)}") from error
-        self._watcher = asyncio.create_task(self._watch(), name=f"qmp {self.path}")
-        return self
-
-    async def __aexit__(self, *_exc: object) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        """Close the connection; the VM is left as it is."""
-        if self._watcher is None:
-            return
-        if self._client.runstate is Runstate.RUNNING:  # else it is tidying up already, and must not be disturbed
-            self._watcher.cancel()
-        await asyncio.wait([self._watcher])
-        if not self.is_closed:  # cancelled before its first step
-            await self._disconnect()
-
-    async def _watch(self) -> None:
-        """Notice that QEMU closed the socket, tidy up behind the library, and tell everyone."""
-        try:
-            while self._client.runstate is Runstate.RUNNING:
-                await self._client.runstate_changed()
-        finally:
-            await self._disconnect()
-
-    async def _disconnect(self) -> None:
-        detail = ""
-        try:
-            await self._client.disconnect()
-        except (OSError, QMPError, EOFError) as error:
-            detail = _reason(error)
-        finally:
-            self._closed.set()
-            for stream in list(self._streams):
-                stream.push(Closed(detail))
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the connection has ended."""
-        return self._closed.is_set()
-
-    async def closed(self) -> None:
-        """Return once QEMU, or `aclose`, has ended the connection."""
-        await self._closed.wait()
-
-    # Commands and events
-
-    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
-        """One QMP command. Raises `vm.qmp` where QEMU refuses, `vm.unreachable` where it is gone or hangs."""
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await self._client.execute(command, arguments)
-        except TimeoutError:
-            raise make_error("vm.unreachable", f"no answer to {command} within {self._timeout_s:g} s") from None
-        except ExecuteError as error:  # it carries the message that was sent: never chain it
-            raise make_error("vm.qmp", f"{command}: {error.error.error.desc}") from None
-        except (ExecInterruptedError, OSError, EOFError):
-            raise make_error("vm.unreachable", f"QEMU closed the connection during {command}") from None
-        except QMPError as error:
-            if self._client.runstate is not Runstate.RUNNING:
-                raise make_error("vm.unreachable", f"not connected: {command}") from None
-            raise make_error("vm.qmp", f"{command}: {type(error).__name__}") from None
-
-    def _dispatch(self, message: Message) -> None:
-        stamp = _as_dict(message.get("timestamp"))
-        event = QmpEvent(
-            name=str(message["event"]),
-            data=_as_dict(message.get("data")),
-            timestamp_s=_as_int(stamp.get("seconds")) + _as_int(stamp.get("microseconds")) / 1e6,
-        )
-        for stream in list(self._streams):
-            stream.push(event)
-
-    def events(self) -> EventStream:
-        """Events from this call on, to be read with `async for`; the last one is `Closed`."""
-        stream = EventStream()
-        if self.is_closed:
-            stream.push(Closed())
-        else:
-            self._streams.add(stream)
-        return stream
 
     # The VM
 
     async def describe(self) -> VmDescription:
         """Who and what the VM is; about ten short commands."""
-        version = _as_dict(_as_dict(await self.execute("query-version")).get("qemu"))
-        memory = _as_dict(await self.execute("query-memory-size-summary"))
+        version = as_dict(as_dict(await self.execute("query-version")).get("qemu"))
+        memory = as_dict(await self.execute("query-memory-size-summary"))
         machine = await self.execute("qom-get", {"path": "/machine", "property": "type"})
         return VmDescription(
-            name=cast(str | None, _as_dict(await self.execute("query-name")).get("name")),
-            uuid=str(_as_dict(await self.execute("query-uuid")).get("UUID")),
-            qemu_version=(_as_int(version.get("major")), _as_int(version.get("minor")), _as_int(version.get("micro"))),
+            name=cast(str | None, as_dict(await self.execute("query-name")).get("name")),
+            uuid=str(as_dict(await self.execute("query-uuid")).get("UUID")),
+            qemu_version=(as_int(version.get("major")), as_int(version.get("minor")), as_int(version.get("micro"))),
             machine_type=str(machine).removesuffix("-machine"),
-            memory_bytes=_as_int(memory.get("base-memory")) + _as_int(memory.get("plugged-memory")),
+            memory_bytes=as_int(memory.get("base-memory")) + as_int(memory.get("plugged-memory")),
             cpus=len(_as_dicts(await self.execute("query-cpus-fast"))),
             run_state=await self.run_state(),
-            accelerator="kvm" if _as_dict(await self.execute("query-kvm")).get("enabled") else "tcg",
+            accelerator="kvm" if as_dict(await self.execute("query-kvm")).get("enabled") else "tcg",
             capabilities=frozenset(await self._capabilities()),
             pid=self.pid,
             migration_status=(await self.migration_status()).status,
@@ -299,7 +85,7 @@ class QmpMachine:
 
     async def run_state(self) -> str:
         """QEMU's RunState: "running", "paused", "inmigrate", "finish-migrate", "postmigrate", …."""
-        return str(_as_dict(await self.execute("query-status")).get("status"))
+        return str(as_dict(await self.execute("query-status")).get("status"))
 
     async def resume(self) -> None:
         """Let the guest run (`cont`)."""
@@ -314,7 +100,8 @@ class QmpMachine:
         try:
             await self.execute("quit")
         except SealaneError as error:
-            if error.code != "vm.unreachable" or not self.is_closed:
+            # it may end before it answers; that the connection ends is known before it has ended
+            if error.code != "vm.unreachable" or self.is_open:
                 raise
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -363,7 +150,7 @@ class QmpMachine:
         self._has_events = True
 
     async def _set_parameters(self, parameters: MigrationParameters) -> None:
-        known = _as_dict(await self.execute("query-migrate-parameters"))
+        known = as_dict(await self.execute("query-migrate-parameters"))
         values: dict[str, object] = {name: value for name, value in _PARAMETER_DEFAULTS.items() if name in known}
         values["max-bandwidth"] = parameters.max_bandwidth_bytes_per_s or BANDWIDTH_UNBOUNDED
         values["downtime-limit"] = parameters.downtime_limit_ms or QEMU_DEFAULT_DOWNTIME_LIMIT_MS
@@ -374,6 +161,39 @@ class QmpMachine:
             values["cpu-throttle-initial"] = min(THROTTLE_INITIAL_PERCENT, parameters.throttle_max_percent)
         if parameters.multifd_channels:
             values["multifd-channels"] = parameters.multifd_channels
+        await self.execute("migrate-set-parameters", values)
+
+    async def migration_settings(self) -> MigrationSettings:
+        """What `configure_migration` will change, as it is now."""
+        capabilities = await self._capabilities()
+        parameters = as_dict(await self.execute("query-migrate-parameters"))
+        return MigrationSettings(
+            frozenset(name for name, is_on in capabilities.items() if is_on),
+            {name: parameters[name] for name in sorted(_PARAMETERS_SET & parameters.keys())},
+        )
+
+    async def restore_migration(self, settings: MigrationSettings) -> None:
+        """Put back what differs from `settings`. QEMU refuses it (`vm.qmp`) while a migration is under way.
+
+        A capability left on outlives Sealane's migration: with `pause-before-switchover` a person's own `migrate` would wait in
+        "pre-switchover" for ever.
+        """
+        now = await self.migration_settings()
+        known = await self._capabilities()
+        changed = sorted((now.capabilities ^ settings.capabilities) & known.keys())
+        if changed:
+            states = [{"capability": name, "state": name in settings.capabilities} for name in changed]
+            await self.execute("migrate-set-capabilities", {"capabilities": states})
+        if "events" in changed:
+            self._has_events = "events" in settings.capabilities
+        values = {name: settings.parameters.get(name, value) for name, value in now.parameters.items()}
+        if values != now.parameters:
+            differing = {name: value for name, value in values.items() if value != now.parameters[name]}
+            await self.execute("migrate-set-parameters", differing)
+
+    async def set_bandwidth(self, bytes_per_s: int) -> None:
+        """Bound a copy, also one that is under way, and what a postcopy's guest waits for; 0 is unbounded."""
+        values = {"max-bandwidth": bytes_per_s or BANDWIDTH_UNBOUNDED, "max-postcopy-bandwidth": bytes_per_s}
         await self.execute("migrate-set-parameters", values)
 
     async def migrate(self, uri: str) -> None:
@@ -458,24 +278,22 @@ class QmpMachine:
 
     async def migration_status(self) -> MigrationStatus:
         """How far the migration is; status "none" before the first one."""
-        answer = _as_dict(await self.execute("query-migrate"))
-        ram = _as_dict(answer.get("ram"))
-        page_bytes = _as_int(ram.get("page-size")) or 4096
+        answer = as_dict(await self.execute("query-migrate"))
+        ram = as_dict(answer.get("ram"))
+        page_bytes = as_int(ram.get("page-size")) or 4096
         has_rate = "mbps" in ram
         return MigrationStatus(
             status=str(answer.get("status", "none")),
-            total_ms=_as_int(answer["total-time"]) if "total-time" in answer else None,
-            downtime_ms=_as_int(answer["downtime"]) if "downtime" in answer else None,
-            ram_total=_as_int(ram.get("total")),
-            ram_remaining=_as_int(ram.get("remaining")),
-            ram_transferred=_as_int(ram.get("transferred")),
-            iteration=_as_int(ram.get("dirty-sync-count")),
-            dirty_rate_bytes_per_s=float(_as_int(ram.get("dirty-pages-rate")) * page_bytes) if has_rate else None,
+            total_ms=as_int(answer["total-time"]) if "total-time" in answer else None,
+            downtime_ms=as_int(answer["downtime"]) if "downtime" in answer else None,
+            ram_total=as_int(ram.get("total")),
+            ram_remaining=as_int(ram.get("remaining")),
+            ram_transferred=as_int(ram.get("transferred")),
+            iteration=as_int(ram.get("dirty-sync-count")),
+            dirty_rate_bytes_per_s=float(as_int(ram.get("dirty-pages-rate")) * page_bytes) if has_rate else None,
             rate_bytes_per_s=cast(float, ram["mbps"]) * 1e6 / 8 if has_rate else None,
-            throttle_percent=_as_int(answer["cpu-throttle-percentage"])
-            if "cpu-throttle-percentage" in answer
-            else None,
-            postcopy_requests=_as_int(ram["postcopy-requests"]) if "postcopy-requests" in ram else None,
+            throttle_percent=as_int(answer["cpu-throttle-percentage"]) if "cpu-throttle-percentage" in answer else None,
+            postcopy_requests=as_int(ram["postcopy-requests"]) if "postcopy-requests" in ram else None,
             error=cast(str | None, answer.get("error-desc")),
         )
 

@@ -162,6 +162,14 @@ class DomainMachine:
                 raise HostError("libvirt.failed", "the domain's job does not end")
             await asyncio.sleep(LIBVIRT_POLL_S)
 
+    async def bandwidth(self) -> int:
+        """The bound of the domain's migrations, in MiB a second, as libvirt keeps it."""
+        return int(await self._do(lambda domain: domain.migrateGetMaxSpeed()))
+
+    async def set_bandwidth(self, mib_per_s: int) -> None:
+        """Bound the domain's migrations, also one that is under way, in MiB a second."""
+        await self._do(lambda domain: domain.migrateSetMaxSpeed(mib_per_s))
+
     async def job_stats(self) -> dict[str, Any]:
         """libvirt's figures of the domain's job; empty where there is none, or the domain has left."""
         try:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import cast
@@ -61,11 +62,25 @@ async def launcher() -> AsyncIterator[EnclaveLauncher]:
     made = EnclaveLauncher()
     yield made
     await made.stop()
+    lines_end()
     assert open_descriptors() == before
 
 
+_lines: list[threading.Thread] = []
+
+
 def line(identity: Identity) -> socket.socket:
-    return quoting_line(identity)[0]
+    ours, thread = quoting_line(identity)
+    _lines.append(thread)
+    return ours
+
+
+def lines_end() -> None:
+    """Wait for the other ends of the lines of enclaves that are gone: they close theirs as they notice."""
+    while _lines:
+        thread = _lines.pop()
+        thread.join(20.0)
+        assert not thread.is_alive()
 
 
 async def meet(launcher: EnclaveLauncher) -> tuple[EnclaveProcess, EnclaveProcess]:
@@ -97,6 +112,7 @@ async def test_two_agents_talk_through_real_enclaves_and_leave_nothing(launcher:
             each.call(Finish())
         each.finish()  # harmless, as is abort
         each.abort(make_error("peer.slow"))
+    lines_end()
     assert open_descriptors() == before
 
 

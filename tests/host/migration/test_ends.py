@@ -161,7 +161,7 @@ async def test_a_ticket_that_left_does_not(a_source: Callable[..., SourceMigrati
 
 
 class Refusals:
-    """A table of jobs that only takes refusals."""
+    """Takes refusals, and keeps none."""
 
     def refuse(self, *_: object, **__: object) -> None:
         pass
@@ -169,7 +169,12 @@ class Refusals:
 
 def a_reception(store: Store) -> Reception:
     registry = SimpleNamespace(get=lambda name: VmDefinition(name=name, qmp="/q", launch_incoming=["qemu"]))
-    return Reception(cast(MigrationContext, SimpleNamespace(store=store, registry=registry, jobs=Refusals())), "1" * 32)
+    return Reception(
+        cast(
+            MigrationContext, SimpleNamespace(store=store, registry=registry, jobs=SimpleNamespace(refusals=Refusals()))
+        ),
+        "1" * 32,
+    )
 
 
 def a_prepare(epoch: int) -> messages.Prepare:

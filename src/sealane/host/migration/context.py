@@ -10,6 +10,7 @@ from sealane.host.jobs import Jobs
 from sealane.host.migration.enclave_launcher import EnclaveLauncher
 from sealane.host.peers import Peers
 from sealane.host.quoting import QuotingService
+from sealane.host.rates import SharedRate
 from sealane.host.receipts.chain import Receipts
 from sealane.host.registry import Registry
 from sealane.host.store import Store
@@ -34,3 +35,4 @@ class MigrationContext(Protocol):
     quoting: QuotingService
     vtpms: Vtpms
     membership: Membership
+    rates: SharedRate

@@ -31,8 +31,8 @@ from sealane.enclave.interface import (
     SendMessage,
 )
 from sealane.errors import ControlError, InternalError, PeerError, SealaneError, for_peer, make_error
-from sealane.host.jobs import Job
-from sealane.host.migration import messages
+from sealane.host.job import Job
+from sealane.host.migration import messages, settings
 from sealane.host.migration.attaching import Attaching
 from sealane.host.migration.checks import (
     available_memory_bytes,
@@ -127,7 +127,7 @@ class Reception:
             try:
                 self._admit(met.peer_fingerprint, met.peer_name)
             except SealaneError as error:
-                self._context.jobs.turned_away(error)
+                self._context.jobs.refusals.turned_away(error)
                 raise
             self.peer_fingerprint = met.peer_fingerprint
             return await self._asked(enclave, met)
@@ -154,7 +154,9 @@ class Reception:
             return self._begin_job(enclave, met, wish)
         except SealaneError as error:
             facts = channel_facts(met)
-            self._context.jobs.refuse(error, vm=vm, role="destination", peer=met.peer_name, id=self._id, **facts)
+            self._context.jobs.refusals.refuse(
+                error, vm=vm, role="destination", peer=met.peer_name, id=self._id, **facts
+            )
             raise
 
     def _rejoined(self, enclave: EnclaveProcess, met: PeerEstablished, wish: messages.Rejoin) -> Job:
@@ -192,7 +194,7 @@ class Reception:
         """
         if not error.code.startswith(_REFUSED_EVIDENCE):
             return
-        refuse, id = self._context.jobs.refuse, self._id
+        refuse, id = self._context.jobs.refusals.refuse, self._id
         if seen is None:
             refuse(error, vm=UNNAMED, role="destination", peer=UNPROVEN, id=id)
         else:
@@ -443,7 +445,7 @@ class DestinationMigration(Job):
         parameters = MigrationParameters(
             multifd_channels=channels, postcopy=self._prepare.postcopy, postcopy_preempt=self._preempt
         )
-        await qemu.configure_migration(parameters, incoming=True)
+        await settings.configure(self, qemu, parameters, incoming=True)
         await qemu.migrate_incoming(f"unix:{path}")
         return channels
 
@@ -486,7 +488,7 @@ class DestinationMigration(Job):
         finally:
             self._enclave = arrival.enclave
         arrival.say_arrived()
-        await self._complete(stream_digest=arrival.digest, problem=None)
+        await self._complete(arrival.qemu, stream_digest=arrival.digest, problem=None)
 
     @property
     def may_rejoin(self) -> bool:
@@ -549,15 +551,16 @@ class DestinationMigration(Job):
         self._enclave.call(SendMessage(receipt.model_dump_json()))
         self._handover.step(Input.RECEIPT)
         await vtpm_taken(self, self._context, self._vm, ticket)
-        await self._complete()
+        await self._complete(qemu)
 
-    async def _complete(self, **facts: Any) -> None:
+    async def _complete(self, qemu: QmpMachine, **facts: Any) -> None:
         result = Result(
             total_ms=(time.monotonic() - self._begun) * 1e3,
             bytes_wire=self._enclave.counters.wire_bytes,
             **self._enclave.costs(),
         )
         self.end(state="completed", runs_at="destination", detail="", result=result, **facts)
+        await settings.restore_after(self, qemu)
         give_copy(self, self._enclave, self._context.receipts)
         await take_copy(self, self._enclave, self._context.receipts)
         last_words: set[asyncio.Future[Any]] = {self._enclave.finished, self._enclave.failed}

@@ -35,6 +35,7 @@ from sealane.session.handover import Input
 
 _CLIENT_END_S: Final = 10.0
 _PAGE_BYTES: Final = 4096
+_UNBOUNDED_MIB_PER_S: Final = (2**63 - 1) // MIB
 _REASON_WAIT_S: Final = 2.5
 
 
@@ -56,6 +57,7 @@ class DomainSource(SourceMigration):
     _lines: SourceLines | None = None
     _client: ClientThread | None = None
     _is_persistent = False
+    _bandwidth_before: int | None = None
 
     async def run(self) -> None:
         """Carry the migration out; ends in completed, aborted or in-doubt whatever happens."""
@@ -71,6 +73,7 @@ class DomainSource(SourceMigration):
                     finally:
                         await uninterrupted(self._end_client())
         finally:
+            self._context.rates.leave(self.id)
             if self._enclave is not None:
                 await uninterrupted(self._enclave.reap())
 
@@ -98,10 +101,11 @@ class DomainSource(SourceMigration):
         await self._hand_over(enclave, cast(QmpMachine, _LeavingDomain(self)), loaded)
 
     def _start_client(self, machine: DomainMachine, lines: SourceLines, channels: int) -> None:
+        self._rate = self._share
         wishes = MigrationWishes(
             migrate_uri=f"unix://{MigrationDirectory.vm_socket(self.id)}",
             channels=channels,
-            max_bandwidth_mib_per_s=-(-(self._request.max_bandwidth_bytes_per_s or 0) // MIB),
+            max_bandwidth_mib_per_s=-(-self._rate // MIB),
             auto_converge=self._request.on_stall == "auto-converge",
             persistent=self._is_persistent,
             undefine_source=self._is_persistent and self._request.undefine_source,
@@ -159,11 +163,27 @@ class DomainSource(SourceMigration):
                 await self._watch(asyncio.wait({waiting}, timeout=PROGRESS_EVERY_S))
                 if not waiting.done():
                     stall.look(self._wire_bytes())
+                    await self._watch(self._keep_domain_to_share(machine))
                     await self._watch(self._tell_job(machine))
         finally:
             waiting.cancel()
+            await uninterrupted(self._restore_bandwidth(machine))
         if lines.gate.word is not Word.DONE:
             raise await self._clients_failure()
+
+    async def _keep_domain_to_share(self, machine: DomainMachine) -> None:
+        if (share := self._share) == self._rate:
+            return
+        if self._bandwidth_before is None:
+            self._bandwidth_before = await machine.bandwidth()
+        await machine.set_bandwidth(-(-share // MIB) or _UNBOUNDED_MIB_PER_S)
+        self._rate = share
+
+    async def _restore_bandwidth(self, machine: DomainMachine) -> None:
+        """libvirt keeps the bound for the domain's next migration."""
+        if self._bandwidth_before is not None:
+            with contextlib.suppress(SealaneError):  # a domain that has left
+                await machine.set_bandwidth(self._bandwidth_before)
 
     def _client_lives(self, lines: SourceLines) -> bool:
         return not lines.is_over if self._client is None else self._client.is_alive()

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from sealane.enclave.interface import PeerEstablished, PeerSeen
 from sealane.errors import ControlError, InternalError, SealaneError, make_error
 from sealane.host.callers import caller_called
-from sealane.host.jobs import Job
+from sealane.host.job import Job
 from sealane.host.migration.context import LANE_CIPHER, MigrationContext
 from sealane.host.migration.enclave_process import EnclaveProcess
 from sealane.host.models import Evidence, PeerTrust, PolicyDecision, VmDefinition

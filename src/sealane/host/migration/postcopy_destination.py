@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from sealane.enclave.interface import ExpectLanes, LaneTokens, SendMessage
 from sealane.errors import ControlError, SealaneError, make_error
-from sealane.host.jobs import Job
+from sealane.host.job import Job
 from sealane.host.migration import messages
 from sealane.host.migration.attaching import Attaching
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from sealane.enclave.interface import SendMessage
 from sealane.errors import PeerError, SealaneError, make_error, printable
-from sealane.host.jobs import Job
+from sealane.host.job import Job
 from sealane.host.migration import messages
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
 from sealane.host.migration.stall import StallLimit

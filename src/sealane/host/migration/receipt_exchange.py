@@ -10,7 +10,7 @@ from typing import Final
 
 from sealane.enclave.interface import SendMessage
 from sealane.errors import PeerError, SealaneError
-from sealane.host.jobs import Job
+from sealane.host.job import Job
 from sealane.host.migration import messages
 from sealane.host.migration.enclave_process import EnclaveProcess
 from sealane.host.models import Migration

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from sealane.enclave.interface import PeerEstablished
-from sealane.host.jobs import Job
+from sealane.host.job import Job
 from sealane.host.migration import messages
 from sealane.host.migration.context import MigrationContext
 from sealane.host.migration.destination import DestinationMigration, Reception

@@ -31,8 +31,8 @@ from sealane.errors import (
     make_error,
     printable,
 )
-from sealane.host.jobs import Job
-from sealane.host.migration import messages
+from sealane.host.job import Job
+from sealane.host.migration import messages, settings
 from sealane.host.migration.checks import check_postcopy, check_source
 from sealane.host.migration.context import MigrationContext
 from sealane.host.migration.convergence import Convergence, Outlook, words_of
@@ -55,7 +55,8 @@ from sealane.host.models import Migration, MigrationRequest, NotSent, Peer, Prog
 from sealane.host.problems import problem_of
 from sealane.host.registry import is_absent
 from sealane.hypervisor.driver import MigrationParameters, MigrationStatus, QmpEvent, VmDescription
-from sealane.hypervisor.qmp import EventStream, QmpMachine
+from sealane.hypervisor.qmp import QmpMachine
+from sealane.hypervisor.qmp_connection import EventStream
 from sealane.limits import (
     CHANNEL_ANSWER_TIMEOUT_S,
     DEFAULT_PORT,
@@ -109,6 +110,7 @@ class SourceMigration(Job):
         self._convergence = Convergence(None if request.on_stall == "wait" else request.give_up_after_s)
         self._monitoring = GuestMonitoring(migration.protection, self.log)
         self._by_postcopy = False
+        self._rate = 0
         self._wire_bytes_before = 0
 
     async def run(self) -> None:
@@ -124,6 +126,7 @@ class SourceMigration(Job):
                     except BaseException as error:
                         await uninterrupted(self._give_up(error))
         finally:
+            self._context.rates.leave(self.id)
             if self._enclave is not None:
                 await uninterrupted(self._enclave.reap())
 
@@ -134,10 +137,13 @@ class SourceMigration(Job):
         enclave = await self._meet(qemu)
         await self._monitoring.start(qemu, enclave)
         prepared = await self._prepare(enclave, vm)
-        await qemu.configure_migration(
+        self._rate = self._share
+        await settings.configure(
+            self,
+            qemu,
             MigrationParameters(
                 multifd_channels=prepared.multifd_channels,
-                max_bandwidth_bytes_per_s=self._request.max_bandwidth_bytes_per_s or 0,
+                max_bandwidth_bytes_per_s=self._rate,
                 downtime_limit_ms=self._request.downtime_limit_ms,
                 throttle_max_percent=(
                     self._request.throttle_max_percent if self._request.on_stall == "auto-converge" else None
@@ -282,6 +288,7 @@ class SourceMigration(Job):
                 await waiting
 
     async def _tell_progress(self, qemu: QmpMachine) -> None:
+        await self._keep_to_share(qemu)
         status = await qemu.migration_status()
         await self._monitoring.iteration(status.iteration)
         if self._by_postcopy:
@@ -292,6 +299,16 @@ class SourceMigration(Job):
             if not self._may_postcopy or error.code != "migration.no-convergence":
                 raise
             await self._start_postcopy(qemu, error)
+
+    async def _keep_to_share(self, qemu: QmpMachine) -> None:
+        """The host's total rate is shared anew whenever a copy begins or ends."""
+        if (share := self._share) != self._rate:
+            await qemu.set_bandwidth(share)
+            self._rate = share
+
+    @property
+    def _share(self) -> int:
+        return self._context.rates.share_of(self.id, self._request.max_bandwidth_bytes_per_s or 0)
 
     async def _start_postcopy(self, qemu: QmpMachine, why: SealaneError) -> None:
         """From here on as any switch-over: the VM is paused, and comes back here whatever fails before the VM is given up."""
@@ -312,6 +329,7 @@ class SourceMigration(Job):
                 bytes_wire=self._wire_bytes(),
                 not_sent=self._enclave.not_sent if self._enclave is not None else NotSent(),
                 rate_bytes_per_s=status.rate_bytes_per_s,
+                rate_limit_bytes_per_s=self._rate,
                 dirty_rate_bytes_per_s=status.dirty_rate_bytes_per_s,
                 iteration=status.iteration,
                 eta_s=outlook.eta_s,
@@ -451,6 +469,7 @@ class SourceMigration(Job):
         await self._complete(enclave, qemu, departure.receipt, stream_digest=departure.digest, problem=None)
 
     async def _tell_postcopy(self, qemu: QmpMachine) -> None:
+        await self._keep_to_share(qemu)
         status = await qemu.migration_status()
         before = self._migration.progress
         self.update(
@@ -460,6 +479,7 @@ class SourceMigration(Job):
                     "bytes_transferred": status.ram_transferred,
                     "bytes_wire": self._wire_bytes(),
                     "rate_bytes_per_s": status.rate_bytes_per_s,
+                    "rate_limit_bytes_per_s": self._rate,
                     "postcopy_requests": status.postcopy_requests,
                     "eta_s": None,
                     "converges": None,
@@ -578,7 +598,9 @@ class SourceMigration(Job):
             self.log.warning("QEMU did not confirm the end of its migration", code=error.code, detail=error.detail)
         if await qemu.run_state() in _STOPPED_STATES:
             await qemu.resume()
-        return "source" if await qemu.run_state() == "running" else "nowhere"
+        runs_at: RunsAt = "source" if await qemu.run_state() == "running" else "nowhere"
+        await settings.restore_after(self, qemu)
+        return runs_at
 
     # ---- small things
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from sealane.errors import SealaneError
-from sealane.host.jobs import Job
+from sealane.host.job import Job
 from sealane.host.migration.context import MigrationContext
 from sealane.host.migration.enclave_process import uninterrupted
 from sealane.host.migration.messages import Prepare, Ticket

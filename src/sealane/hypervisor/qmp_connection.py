@@ -1,0 +1,240 @@
+"""One connection to a QEMU's QMP socket: commands, events, and its end, on QEMU's own client library (qemu.qmp).
+
+QMP serves one client at a time: a second one connects and then waits for its greeting, which `connect` tells as
+`vm.unreachable`. The library logs every message at debug level; here nothing of a message is ever logged, since
+`object-add secret` and its like carry keys.
+"""
+
+import asyncio
+import logging
+import socket
+import struct
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Final, Self, cast
+
+from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp.message import Message
+
+from sealane.errors import make_error
+from sealane.hypervisor.driver import Closed, QmpEvent, VmEvent
+from sealane.limits import QMP_TIMEOUT_S
+
+# Events that a slow reader may leave waiting. A migration makes a dozen, a guest in a reset loop some per second.
+EVENTS_WAITING_MAX: Final = 4096
+
+_SILENT: Final = logging.Logger("sealane.hypervisor.qmp.silent")
+_SILENT.disabled = True
+
+
+def as_dict(value: object) -> dict[str, object]:
+    """QEMU's value where it is an object, or an empty one."""
+    return cast(dict[str, object], value) if isinstance(value, dict) else {}
+
+
+def as_int(value: object) -> int:
+    """QEMU's value where it is a number, or 0."""
+    return int(value) if isinstance(value, int | float) else 0
+
+
+class _Client(QMPClient):
+    """The library's client, silenced, that hands each event on as it comes."""
+
+    def __init__(self, on_event: Callable[[Message], None]) -> None:
+        super().__init__()
+        self.logger = _SILENT
+        self._on_event = on_event
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return msg
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return msg
+
+    async def _on_message(self, msg: Message) -> None:
+        if "event" in msg:
+            self._on_event(msg)
+        else:
+            await super()._on_message(msg)
+
+
+async def _open_socket(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _peer_pid(sock: socket.socket) -> int:
+    """The process that listens on the other end (unix(7), SO_PEERCRED); 0 if it lives in another pid namespace."""
+    pid, _uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(pid)
+
+
+class EventStream:
+    """An asynchronous iterator over one machine's events. When nobody reads, the oldest ones are dropped."""
+
+    def __init__(self) -> None:
+        self._waiting: asyncio.Queue[VmEvent] = asyncio.Queue(EVENTS_WAITING_MAX)
+        self._ended = False
+
+    def push(self, event: VmEvent) -> None:
+        """Add an event; never blocks."""
+        if self._waiting.full():
+            self._waiting.get_nowait()
+        self._waiting.put_nowait(event)
+
+    def taken(self) -> list[VmEvent]:
+        """What has arrived so far, without waiting."""
+        arrived = []
+        while not self._waiting.empty():
+            arrived.append(self._waiting.get_nowait())
+        self._ended = self._ended or any(isinstance(event, Closed) for event in arrived)
+        return arrived
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> VmEvent:
+        if self._ended:
+            raise StopAsyncIteration
+        event = await self._waiting.get()
+        self._ended = isinstance(event, Closed)
+        return event
+
+
+def _reason(error: BaseException) -> str:
+    """One line for a failure of the connection, never with a message's content."""
+    cause = error.exc if isinstance(error, ConnectError) else error
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    if isinstance(cause, EOFError):
+        return "QEMU closed the connection"
+    return type(cause).__name__
+
+
+class QmpConnection:
+    """A QEMU's QMP socket; use `async with` on what `connect` gives."""
+
+    def __init__(self, path: str, timeout_s: float = QMP_TIMEOUT_S) -> None:
+        self.path = path
+        self.pid = 0
+        self._timeout_s = timeout_s
+        self._client = _Client(self._dispatch)
+        self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
+        self._closed = asyncio.Event()
+        self._watcher: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r}, pid={self.pid}, closed={self.is_closed})"
+
+    # Connection
+
+    @classmethod
+    def connect(cls, path: str, timeout_s: float = QMP_TIMEOUT_S) -> Self:
+        """A machine to be entered with `async with`; `timeout_s` bounds the connection and then every command."""
+        return cls(path, timeout_s)
+
+    async def __aenter__(self) -> Self:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                sock = await _open_socket(self.path)
+                try:
+                    self.pid = _peer_pid(sock)
+                    await self._client.connect(sock)
+                except BaseException:
+                    sock.close()
+                    raise
+        except TimeoutError:
+            raise make_error("vm.unreachable", f"no greeting on {self.path} within {self._timeout_s:g} s") from None
+        except (OSError, QMPError, EOFError) as error:
+            raise make_error("vm.unreachable", f"{self.path}: {_reason(error)}") from error
+        self._watcher = asyncio.create_task(self._watch(), name=f"qmp {self.path}")
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connection; the VM is left as it is."""
+        if self._watcher is None:
+            return
+        if self._client.runstate is Runstate.RUNNING:  # else it is tidying up already, and must not be disturbed
+            self._watcher.cancel()
+        await asyncio.wait([self._watcher])
+        if not self.is_closed:  # cancelled before its first step
+            await self._disconnect()
+
+    async def _watch(self) -> None:
+        """Notice that QEMU closed the socket, tidy up behind the library, and tell everyone."""
+        try:
+            while self._client.runstate is Runstate.RUNNING:
+                await self._client.runstate_changed()
+        finally:
+            await self._disconnect()
+
+    async def _disconnect(self) -> None:
+        detail = ""
+        try:
+            await self._client.disconnect()
+        except (OSError, QMPError, EOFError) as error:
+            detail = _reason(error)
+        finally:
+            self._closed.set()
+            for stream in list(self._streams):
+                stream.push(Closed(detail))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether commands can be given; False as soon as the connection begins to end."""
+        return self._client.runstate is Runstate.RUNNING
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the connection has ended."""
+        return self._closed.is_set()
+
+    async def closed(self) -> None:
+        """Return once QEMU, or `aclose`, has ended the connection."""
+        await self._closed.wait()
+
+    # Commands and events
+
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
+        """One QMP command. Raises `vm.qmp` where QEMU refuses, `vm.unreachable` where it is gone or hangs."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._client.execute(command, arguments)
+        except TimeoutError:
+            raise make_error("vm.unreachable", f"no answer to {command} within {self._timeout_s:g} s") from None
+        except ExecuteError as error:  # it carries the message that was sent: never chain it
+            raise make_error("vm.qmp", f"{command}: {error.error.error.desc}") from None
+        except (ExecInterruptedError, OSError, EOFError):
+            raise make_error("vm.unreachable", f"QEMU closed the connection during {command}") from None
+        except QMPError as error:
+            if self._client.runstate is not Runstate.RUNNING:
+                raise make_error("vm.unreachable", f"not connected: {command}") from None
+            raise make_error("vm.qmp", f"{command}: {type(error).__name__}") from None
+
+    def _dispatch(self, message: Message) -> None:
+        stamp = as_dict(message.get("timestamp"))
+        event = QmpEvent(
+            name=str(message["event"]),
+            data=as_dict(message.get("data")),
+            timestamp_s=as_int(stamp.get("seconds")) + as_int(stamp.get("microseconds")) / 1e6,
+        )
+        for stream in list(self._streams):
+            stream.push(event)
+
+    def events(self) -> EventStream:
+        """Events from this call on, to be read with `async for`; the last one is `Closed`."""
+        stream = EventStream()
+        if self.is_closed:
+            stream.push(Closed())
+        else:
+            self._streams.add(stream)
+        return stream
