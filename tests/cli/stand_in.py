@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sealane.errors import SealaneError, make_error
 from sealane.host.models import (
@@ -28,9 +29,11 @@ from sealane.host.models import (
     Problem,
     Progress,
     Result,
+    TotalRate,
     Vm,
     VmDefinition,
 )
+from sealane.host.skew import Versioned, own_version
 
 # What a script may hold beside events: wait until a cancel was asked for; break the stream off; vanish altogether.
 Step = Event | Literal["wait-cancel", "cut", "die", "pause"]
@@ -123,11 +126,13 @@ class StandIn:
         }
         self.script: list[Step] = list(SUCCESS)
         self.latest = migration()
+        self.rate = TotalRate(max_bytes_per_s=0)
         self.remembered: list[Migration] = []
         self.requests: list[MigrationRequest] = []
         self.cancels = 0
         self.refusal: SealaneError | None = None
         self.cancel_refusal: SealaneError | None = None
+        self.version: str | None = own_version()  # None: from before agents told it
         self._cancelled = threading.Event()
 
     def __enter__(self) -> "StandIn":
@@ -147,9 +152,11 @@ class StandIn:
         self._thread.join(5)
         shutil.rmtree(self.run, ignore_errors=True)
 
-    def _app(self) -> Starlette:
+    def _app(self) -> ASGIApp:
         routes: Sequence[tuple[str, str, Any]] = (
             ("GET", "/v1/host", self._host),
+            ("GET", "/v1/rate", self._rate),
+            ("PUT", "/v1/rate", self._rate),
             ("GET", "/v1/vms", self._list_vms),
             ("POST", "/v1/vms", self._add_vm),
             ("GET", "/v1/vms/{name}", self._show_vm),
@@ -165,7 +172,11 @@ class StandIn:
         )
         app = Starlette(routes=[Route(path, call, methods=[method]) for method, path, call in routes])
         app.add_exception_handler(SealaneError, _as_problem)
-        return app
+
+        async def versioned(scope: Scope, receive: Receive, send: Send) -> None:
+            await (app if self.version is None else Versioned(app, self.version))(scope, receive, send)
+
+        return versioned
 
     async def _host(self, _: Request) -> Response:
         return _json(
@@ -179,6 +190,11 @@ class StandIn:
                 migrations_active=0,
             )
         )
+
+    async def _rate(self, request: Request) -> Response:
+        if request.method == "PUT":
+            self.rate = TotalRate.model_validate_json(await request.body())
+        return _json(self.rate)
 
     async def _list_vms(self, _: Request) -> Response:
         return _json(list(self.vms.values()))

@@ -19,6 +19,7 @@ from sealane.cli.output import failure_text
 from sealane.crypto.identity import create_identity, load_identity, save_identity
 from sealane.enclave.sandbox import MEASURES, REQUIRED
 from sealane.errors import CATALOGUE, make_error
+from sealane.host.models import Vm
 from sealane.paths import Paths
 from tests.cli.conftest import Run
 from tests.cli.stand_in import CHANNEL, FINGERPRINT, HALFWAY, StandIn, completed, failed, migration
@@ -92,6 +93,30 @@ def test_vm(agent: StandIn, run: Run) -> None:
     missing = run("vm", "show", "db02")
     assert missing.exit_code == 6
     assert missing.stderr.splitlines()[0].endswith("vm.unknown")
+
+
+def test_vm_list_tells_what_waits_from_what_moves(agent: StandIn, run: Run) -> None:
+    held = {"migration": "a" * 32, "migration_state": "queued"}
+    agent.vms = {
+        "db02": Vm(name="db02", qmp="/q", state="running", vtpm="/tpm/db02", **held),  # type: ignore[arg-type]
+        "web01": Vm(name="web01", qmp="/w", state="running", migration="b" * 32, migration_state="copying"),
+        "win": Vm(name="win", qmp="libvirt:x", state="running", driver="libvirt", source="libvirt"),
+    }
+    heads, *rows = run("vm", "list").stdout.splitlines()
+    assert "running, queued" in rows[0]
+    assert "running, migrating" in rows[1]
+    assert [row[heads.index("vTPM") :].split()[0] for row in rows] == ["yes", "no", "no"]
+    assert "known from  libvirt" in run("vm", "show", "win").stdout
+    assert "a" * 8 in run("vm", "show", "db02").stdout
+
+
+def test_rate(agent: StandIn, run: Run) -> None:
+    assert "unlimited" in run("rate").stdout
+    assert run("rate", "5Gb/s").stdout == "✓ all moves together  5 Gb/s\n"
+    assert objects(run("rate", "--json").stdout) == [{"max_bytes_per_s": 625_000_000}]
+    assert run("rate", "unlimited").exit_code == 0
+    assert agent.rate.max_bytes_per_s == 0
+    assert run("rate", "fast").exit_code == 2
 
 
 @pytest.mark.parametrize("how", [["--launch-incoming"], ["--launch-incoming", "--"], ["--"]])

@@ -322,7 +322,7 @@ def test_answer_that_does_not_fit_is_no_success(agent: StandIn, run: Run) -> Non
     agent.vms["web01"] = odd
     result = run("vm", "list")
     assert result.exit_code == 70
-    assert "same version" in result.stderr
+    assert "does not fit" in result.stderr
 
 
 def test_json_refusal_is_one_object(agent: StandIn, run: Run) -> None:

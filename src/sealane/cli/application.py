@@ -32,6 +32,7 @@ COMMANDS = (
     "evacuate",
     "status",
     "cancel",
+    "rate",
     "resolve",
     "receipts",
     "hosts",

@@ -26,6 +26,7 @@ from sealane.host.migration.enclave_launcher import try_sandbox
 from sealane.host.models import Host
 from sealane.host.policy import load_policy
 from sealane.host.receipts.verify import verify_chain
+from sealane.host.skew import own_version
 from sealane.libvirt import binding
 from sealane.libvirt.machine import daemon_socket
 from sealane.limits import GIB, KIB, MIB
@@ -260,8 +261,13 @@ def check_agent(context: Context) -> Iterator[Finding]:
     agent: Host | None = None
     try:
         with AgentClient(context.paths.agent_socket, timeout_s=5) as client:
-            agent = client.host()
-        yield Finding("agent", "ok", f"{agent.name} {agent.version}, {agent.migrations_active} migrations under way")
+            agent, version = client.host(), client.agents_version()
+        if version == own_version():
+            under_way = f"{agent.migrations_active} migrations under way"
+            yield Finding("agent", "ok", f"{agent.name} {agent.version}, {under_way}")
+        else:
+            told = f"{agent.name} runs Sealane {version or agent.version}, this command line is {own_version()}"
+            yield Finding("agent", "warning", told, "if it was upgraded: `systemctl restart sealane`; VMs run on")
     except SealaneError as error:
         yield Finding("agent", "warning", error.detail, error.mend)
     settings = _settings(context)

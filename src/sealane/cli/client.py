@@ -9,6 +9,7 @@ from typing import Final, Literal, TypeVar
 import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+import sealane
 from sealane.errors import ControlError, HostError, InternalError, SealaneError, make_error
 from sealane.host.models import (
     Event,
@@ -25,10 +26,12 @@ from sealane.host.models import (
     PolicyQuestion,
     Problem,
     ResolveRequest,
+    TotalRate,
     Vm,
     VmDefinition,
     VtpmView,
 )
+from sealane.host.skew import AGENT_IS_OLDER, CALLER_IS_OLDER, VERSION_HEADER, is_older, names_of, own_version
 from sealane.paths import Paths
 
 # Answers wait for QEMU at times (`limits.QMP_TIMEOUT_S`) and, when a migration is asked for, for nothing else.
@@ -38,6 +41,8 @@ _CONNECT_TIMEOUT_S: Final = 3.0
 _RESOLVE_TIMEOUT_S: Final = 180.0
 
 Answer = TypeVar("Answer", bound=BaseModel)
+# How pydantic says that it does not know a field.
+_EXTRA: Final = "Extra inputs are not permitted"
 
 _VMS: Final = TypeAdapter(list[Vm])
 _PEERS: Final = TypeAdapter(list[Peer])
@@ -56,7 +61,13 @@ class AgentClient:
         self.socket = Paths.from_environment().agent_socket if socket is None else socket
         timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
         transport = httpx.HTTPTransport(uds=str(self.socket))
-        self._http = httpx.Client(transport=transport, base_url="http://sealane", timeout=timeout, trust_env=False)
+        self._http = httpx.Client(
+            transport=transport,
+            base_url="http://sealane",
+            timeout=timeout,
+            trust_env=False,
+            headers={VERSION_HEADER: sealane.__version__},
+        )
 
     def __enter__(self) -> "AgentClient":
         return self
@@ -72,13 +83,26 @@ class AgentClient:
         """Who this agent is."""
         return self._one(Host, "GET", "/v1/host")
 
+    def agents_version(self) -> str | None:
+        """The agent's version with its build, as `skew.own_version` has it; None of an agent that does not tell it."""
+        told = self._ask("GET", "/v1/host").headers.get(VERSION_HEADER)
+        return None if told is None else str(told)
+
+    def total_rate(self) -> TotalRate:
+        """The bound of all copies to other hosts together."""
+        return self._one(TotalRate, "GET", "/v1/rate")
+
+    def change_total_rate(self, rate: TotalRate) -> TotalRate:
+        """Change it, for copies under way too, until the agent ends."""
+        return self._one(TotalRate, "PUT", "/v1/rate", rate)
+
     def metrics(self) -> str:
         """What the agent counts, in Prometheus' text format."""
         return self._ask("GET", "/metrics").text
 
     def vms(self) -> list[Vm]:
         """All VMs that the agent knows."""
-        return _parsed(_VMS, self._ask("GET", "/v1/vms"))
+        return self._many(_VMS, "/v1/vms")
 
     def vm(self, name: str) -> Vm:
         """One VM; raises `vm.unknown`."""
@@ -98,7 +122,7 @@ class AgentClient:
 
     def peers(self) -> list[Peer]:
         """All hosts that are trusted."""
-        return _parsed(_PEERS, self._ask("GET", "/v1/peers"))
+        return self._many(_PEERS, "/v1/peers")
 
     def add_peer(self, peer: Peer) -> Peer:
         """Trust a host; raises `trust.exists` where the name has another fingerprint."""
@@ -142,7 +166,7 @@ class AgentClient:
 
     def hosts(self, vm: str | None = None) -> list[PeerView]:
         """The trusted hosts with what was last seen of them; with a VM, whether it might go there."""
-        return _parsed(_HOSTS, self._ask("GET", "/v1/hosts", query=None if vm is None else {"vm": vm}))
+        return self._many(_HOSTS, "/v1/hosts", None if vm is None else {"vm": vm})
 
     def start_migration(self, request: MigrationRequest) -> Migration:
         """Have the agent start a migration; it goes on without this client."""
@@ -152,7 +176,7 @@ class AgentClient:
         """The migrations that the agent remembers, of one VM or only those under way where asked."""
         query = {"vm": vm, "active": None if active is None else str(active).lower()}
         present = {name: value for name, value in query.items() if value is not None}
-        return _parsed(_MIGRATIONS, self._ask("GET", "/v1/migrations", query=present))
+        return self._many(_MIGRATIONS, "/v1/migrations", present)
 
     def migration(self, identity: str) -> Migration:
         """One migration; raises `migration.unknown`."""
@@ -161,7 +185,7 @@ class AgentClient:
     def cancel(self, identity: str) -> Migration | None:
         """Ask for a migration's end; raises `migration.over`, `migration.too-late`. The outcome comes as an event."""
         answer = self._ask("POST", f"/v1/migrations/{_segment(identity)}/cancel")
-        return Migration.model_validate_json(answer.content) if answer.content else None
+        return self._as(Migration, answer) if answer.content else None
 
     def resolve(self, identity: str, request: ResolveRequest) -> Migration:
         """End a doubt; raises `resolve.…`, `handover.in-doubt`. The agent asks the other host meanwhile."""
@@ -196,10 +220,10 @@ class AgentClient:
             with self._http.stream("GET", path, timeout=timeout) as answer:
                 if answer.is_error:
                     answer.read()
-                    raise _problem(answer)
+                    raise self._refused(answer)
                 for line in answer.iter_lines():
                     if line:
-                        yield _event(line)
+                        yield self._event(line, answer)
         except httpx.TransportError as error:
             raise AgentGone("agent.unreachable", "the agent went away in mid-migration") from error
 
@@ -211,7 +235,7 @@ class AgentClient:
         """Start a VM's TPM."""
         query = {key: "true" for key, wanted in (("adopt", adopt), ("anew", anew)) if wanted}
         answer = self._ask("POST", f"/v1/vms/{_segment(name)}/vtpm/start", query=query)
-        return VtpmView.model_validate_json(answer.content)
+        return self._as(VtpmView, answer)
 
     def change_vtpm(self, name: str, change: Literal["stop", "rotate", "verify"]) -> VtpmView:
         """End, rotate or verify a VM's TPM."""
@@ -226,11 +250,26 @@ class AgentClient:
         *,
         timeout_s: float | None = None,
     ) -> Answer:
-        answer = self._ask(method, path, body, timeout_s=timeout_s)
+        return self._as(model, self._ask(method, path, body, timeout_s=timeout_s))
+
+    def _as(self, model: type[Answer], answer: httpx.Response) -> Answer:
         try:
             return model.model_validate_json(answer.content)
         except ValidationError as error:
-            raise _misfit(error) from error
+            raise self._misfit(error, answer) from error
+
+    def _many(self, adapter: TypeAdapter[list[Answer]], path: str, query: dict[str, str] | None = None) -> list[Answer]:
+        answer = self._ask("GET", path, query=query)
+        try:
+            return adapter.validate_json(answer.content)
+        except ValidationError as error:
+            raise self._misfit(error, answer) from error
+
+    def _event(self, line: str, answer: httpx.Response) -> Event:
+        try:
+            return Event.model_validate_json(line)
+        except ValidationError as error:
+            raise self._misfit(error, answer) from error
 
     def _ask(
         self,
@@ -254,8 +293,32 @@ class AgentClient:
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
         if answer.is_error:
-            raise _problem(answer)
+            raise self._refused(answer)
         return answer
+
+    def _refused(self, answer: httpx.Response) -> SealaneError:
+        error = _problem(answer)
+        if error.code == "agent.version":
+            words = error.detail.partition(": ")[2] or error.detail
+            return self._skew(words, answer, error.mend)
+        # an agent from before it could say so
+        is_old = VERSION_HEADER not in answer.headers and error.code == "usage.argument"
+        if is_old and (answer.status_code in {404, 405} or _EXTRA in error.detail):
+            return self._skew(f"the agent answers {error.detail!r}", answer, AGENT_IS_OLDER)
+        return error
+
+    def _misfit(self, error: ValidationError, answer: httpx.Response) -> SealaneError:
+        misfits = [dict(each) for each in error.errors(include_input=False, include_url=False)]
+        if answer.headers.get(VERSION_HEADER) == own_version():
+            words = f"the agent's answer does not fit ({names_of(misfits)}: {misfits[0]['msg']})"
+            return InternalError("internal.error", words)
+        mend = CALLER_IS_OLDER if is_older(misfits) else AGENT_IS_OLDER
+        return self._skew(f"the agent's answer does not fit ({names_of(misfits)})", answer, mend)
+
+    def _skew(self, words: str, answer: httpx.Response, mend: str) -> SealaneError:
+        agent = answer.headers.get(VERSION_HEADER) or "an older one"
+        detail = f"this command line is Sealane {own_version()}, and the agent that runs here is {agent}: {words}"
+        return make_error("agent.version", detail, mend=mend)
 
     def _unreachable(self, error: httpx.TransportError) -> SealaneError:
         cause: BaseException | None = error
@@ -294,27 +357,3 @@ def _problem(answer: httpx.Response) -> SealaneError:
 def error_of(problem: Problem) -> SealaneError:
     """The error that a problem tells of; a newer agent's code that is unknown here stays readable."""
     return make_error(problem.code, problem.detail, mend=problem.mend or None)
-
-
-def _parsed(adapter: TypeAdapter[list[Answer]], answer: httpx.Response) -> list[Answer]:
-    try:
-        return adapter.validate_json(answer.content)
-    except ValidationError as error:
-        raise _misfit(error) from error
-
-
-def _event(line: str) -> Event:
-    try:
-        return Event.model_validate_json(line)
-    except ValidationError as error:
-        raise _misfit(error) from error
-
-
-def _misfit(error: ValidationError) -> SealaneError:
-    first = error.errors(include_input=False, include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return InternalError(
-        "internal.error",
-        f"the agent's answer does not fit ({where or 'it'}: {first['msg']})",
-        mend="bring the command line and the agent to the same version, and restart the agent",
-    )

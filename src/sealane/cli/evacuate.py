@@ -29,7 +29,7 @@ REATTACH_PAUSE_S: Final = 0.5
 ROUNDS_MAX: Final = 5
 ROUND_PAUSE_S: Final = 1.0
 PASSING: Final = frozenset(
-    {"peer.busy", "peer.rate", "queue.full", "agent.stopping", "agent.restarted", "queue.changed"}
+    {"peer.busy", "peer.rate", "queue.full", "agent.stopping", "agent.restarted", "queue.changed", "queue.lost"}
 )
 _INTERRUPTED: Final = 130
 _INTERRUPTS_MAX: Final = 2

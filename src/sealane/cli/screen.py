@@ -194,7 +194,7 @@ def copy_row(migration: Migration, width: int) -> Table:
 def fitting(migration: Migration, width: int) -> str:
     """The figures that fit, in their order; those that say least go first."""
     figures = progress_figures(migration)
-    for least in ("", "sent", "copied", "iteration", "dirty", "rate"):
+    for least in ("", "sent", "limit", "copied", "iteration", "dirty", "rate"):
         figures.pop(least, None)
         if len(text := "   ".join(figures.values())) <= width:
             break

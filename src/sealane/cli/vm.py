@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from pydantic import ValidationError
@@ -26,6 +26,7 @@ Example:
 """,
 )
 
+_KNOWN_FROM: Final = {"registered": "sealane vm add", "file": "the configuration", "libvirt": "libvirt"}
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The VM's name.", autocompletion=vm_names)]
 
 
@@ -111,7 +112,7 @@ def list_(*, out: Output) -> None:
         out.line("no VM is known; add one: sealane vm add NAME --qmp PATH")
         return
     out.table(
-        ["VM", "DRIVER", "STATE", "MEMORY", "CPUS", "QEMU", "CAN ARRIVE", "ASKS FOR", "EPOCH"],
+        ["VM", "DRIVER", "STATE", "MEMORY", "CPUS", "QEMU", "CAN ARRIVE", "vTPM", "ASKS FOR", "EPOCH"],
         [
             [
                 vm.name,
@@ -120,7 +121,8 @@ def list_(*, out: Output) -> None:
                 _or_dash(None if vm.memory_bytes is None else words.memory_bytes(vm.memory_bytes)),
                 _or_dash(vm.cpus),
                 _or_dash(vm.qemu_version),
-                "yes" if vm.launch_incoming else "no",
+                "yes" if vm.launch_incoming or vm.driver == "libvirt" else "no",
+                "no" if vm.vtpm is None else "yes",
                 f"level ≥ {vm.least_level}" if vm.least_level else "-",
                 str(vm.epoch),
             ]
@@ -151,7 +153,7 @@ def show(name: NameArgument, *, out: Output) -> None:
         "memory": _or_dash(None if vm.memory_bytes is None else words.memory_bytes(vm.memory_bytes)),
         "CPUs": _or_dash(vm.cpus),
         "arrives by": "-" if vm.launch_incoming is None else shlex.join(vm.launch_incoming),
-        "known from": {"registered": "sealane vm add", "file": "the configuration"}[vm.source],
+        "known from": _KNOWN_FROM[vm.source],
         "epoch": str(vm.epoch),
         "TPM": "-" if vm.vtpm is None else f"its files in {vm.vtpm}; see sealane vtpm status {vm.name}",
         "asks for": f"level {vm.least_level} or more" if vm.least_level else "-",
@@ -206,7 +208,9 @@ def _labels(texts: list[str]) -> dict[str, str]:
 
 
 def _state(vm: Vm) -> str:
-    return f"{vm.state}, migrating" if vm.migration is not None else vm.state
+    if vm.migration is None:
+        return vm.state
+    return f"{vm.state}, {'queued' if vm.migration_state == 'queued' else 'migrating'}"
 
 
 def _or_dash(value: object) -> str:

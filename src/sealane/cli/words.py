@@ -110,6 +110,7 @@ def progress_figures(migration: Migration) -> dict[str, str]:
         "copied": f"{words.memory_bytes(copied_bytes)} of {total}" if progress.bytes_total else None,
         "sent": f"{words.network_bytes(sent)} sent" if sent else None,
         "rate": None if rate is None else words.rate(rate),
+        "limit": f"of {words.rate(progress.rate_limit_bytes_per_s)}" if progress.rate_limit_bytes_per_s else None,
         "iteration": f"iteration {progress.iteration}" if progress.iteration else None,
         "dirty": None if dirty is None else f"dirty {words.rate(dirty)}",
         "requests": None if progress.postcopy_requests is None else f"{progress.postcopy_requests} pages asked for",
