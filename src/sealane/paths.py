@@ -1,6 +1,8 @@
 """Where Sealane keeps its state, its sockets and its configuration; each movable by one environment variable."""
 
 import os
+import site
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -10,9 +12,29 @@ RUN_VARIABLE = "SEALANE_RUN_DIR"
 CONFIG_VARIABLE = "SEALANE_CONFIG_DIR"
 
 
-# How the interpreters are started that hold keys, or measure: no user's site, no variables, and of Python's caches of compiled
-# modules none is read or written, since they are not measured. Nothing can lie below a device file.
-ISOLATED: Final = ("-I", "-B", "-X", "pycache_prefix=/dev/null/none")
+# How the interpreters are started that hold keys, or measure. What they run is modules, which are measured, and nothing else:
+# no variables and no user's directory (-I); no `.pth` files, `sitecustomize` or `usercustomize`, which run code at each start
+# (-S); of Python's caches of compiled modules none is read or written (nothing can lie below a device file).
+ISOLATED: Final = ("-I", "-S", "-B", "-X", "pycache_prefix=/dev/null/none")
+_LIBRARIES: Final = frozenset({"site-packages", "dist-packages"})
+_RUN_MODULE: Final = "import runpy; del sys.argv[0]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+
+
+def import_path() -> list[str]:
+    """Where such an interpreter finds Sealane and its libraries, which `site` does not tell it."""
+    own = str(Path(__file__).resolve().parents[1])
+    libraries = [entry for entry in sys.path if os.path.basename(entry) in _LIBRARIES and entry != site.USER_SITE]
+    return list(dict.fromkeys([own, *libraries]))
+
+
+def isolated(code: str, *arguments: object) -> list[str]:
+    """The words that run this code in such an interpreter."""
+    return [sys.executable, *ISOLATED, "-c", f"import sys; sys.path += {import_path()!r}; {code}", *map(str, arguments)]
+
+
+def isolated_module(module: str, *arguments: object) -> list[str]:
+    """The words that run a module as `python -m` does, in such an interpreter."""
+    return isolated(_RUN_MODULE, module, *arguments)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import pytest
 import sealane
 from sealane.cli import checks, completion
 from sealane.cli.application import gather_launch_command
-from sealane.cli.checks import Finding
+from sealane.cli.findings import Context, Finding
 from sealane.cli.output import failure_text
+from sealane.cli.trust_checks import check_expectations, check_roots
 from sealane.crypto.identity import create_identity, load_identity, save_identity
 from sealane.enclave.sandbox import MEASURES, REQUIRED
 from sealane.errors import CATALOGUE, make_error
@@ -36,6 +37,103 @@ def test_init_makes_then_shows(run: Run) -> None:
     assert "(Ed25519)      root of trust  software key (identity only)" in made.stdout
     assert run("init").stdout == made.stdout
     assert run("init", "--name", "host-a").stdout == made.stdout
+
+
+def configure(**attestation: object) -> None:
+    config = Paths.from_environment().config
+    config.mkdir(exist_ok=True)
+    lines = [f"{name} = {json.dumps(value)}" for name, value in attestation.items()]
+    (config / "agent.toml").write_text("\n".join(["[attestation]", *lines, ""]))
+
+
+def fake_tpm(directory: Path, monkeypatch: pytest.MonkeyPatch, vendor: str) -> None:
+    """A tpm2_getcap that knows one maker."""
+    tool = directory / "tpm2_getcap"
+    tool.write_text(f"#!/bin/sh\nprintf 'TPM2_PT_VENDOR_STRING_1:\\n  raw: 0x0\\n  value: \"{vendor}\"\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+
+
+def test_init_and_doctor_say_which_root_of_trust_is_in_use(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def said() -> tuple[str, Finding]:
+        shown: str = objects(run("init", "--json").stdout)[0]["root_of_trust"]
+        assert f"root of trust  {shown}" in run("init").stdout
+        (found,) = check_roots(Context(Paths.from_environment()))
+        return shown, found
+
+    run("init", "--name", "host-a")
+    words, found = said()
+    assert words == "software key (identity only)"
+    assert (found.level, found.found) == ("ok", f"{words}: nothing proves what runs here")
+
+    configure(drivers=["tpm2"], tcti="device:/dev/tpmrm7")
+    fake_tpm(tmp_path, monkeypatch, "SW   TPM")
+    words, found = said()
+    assert words == "software TPM (swtpm or alike) at device:/dev/tpmrm7, SIMULATED: for tests only"
+    assert (found.level, found.found) == ("warning", words)
+    assert "by name only" in found.mend
+    fake_tpm(tmp_path, monkeypatch, "SLB9")
+    words, found = said()
+    assert (words, found.level) == ("TPM 2.0 at device:/dev/tpmrm7", "ok")
+    (tmp_path / "tpm2_getcap").write_text("#!/bin/sh\necho no such device >&2\nexit 1\n")
+    words, found = said()
+    assert "does not answer" in words
+    assert (found.level, "no such device" in found.found) == ("broken", True)
+
+    configure(drivers=["simulated"], simulated_root=str(tmp_path))
+    assert said()[1].level == "broken"
+    (tmp_path / "key.pem").write_text("")
+    words, found = said()
+    assert words == "simulated TEE (test root, isolates nothing), SIMULATED: for tests only"
+    assert found.level == "warning"
+
+    monkeypatch.setenv("SEALANE_SYSTEM_ROOT", str(tmp_path))
+    for driver, path in (("sgx", "dev/attestation/attestation_type"), ("tdx", "sys/kernel/config/tsm/report")):
+        configure(drivers=[driver])
+        assert said()[1].level == "broken"
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+        words, found = said()
+        assert found == Finding("root of trust", "ok", words)
+
+    (Paths.from_environment().config / "agent.toml").write_text("bogus = 1\n")
+    assert "unknown key bogus" in objects(run("init", "--json").stdout)[0]["root_of_trust"]
+
+
+def test_doctor_looks_at_roots_of_trust_and_files_of_expectations(run: Run, tmp_path: Path) -> None:
+    def look() -> Finding:
+        (found,) = check_expectations(Context(Paths.from_environment()))
+        return found
+
+    path = tmp_path / "values.toml"
+    configure(reference_values=str(path))
+    missing = look()
+    assert (missing.check, missing.level, missing.found) == ("reference values", "broken", f"{path} is not there")
+    path.write_text("version = 1\n")
+    assert look().level == "ok"
+    path.write_text("version = 1\n[tpm]\nkeys = 5\n")
+    broken = look()
+    assert (broken.level, broken.mend) == ("broken", "mend the line that is named")
+    assert f"{path}: line 3: tpm.keys" in broken.found
+    told = findings(run)
+    assert told["reference values"]["found"] == broken.found
+    assert told["root of trust"]["found"].startswith("software key (identity only)")
+    assert told["memfd_secret"]["level"] == "warning"
+    assert told["memfd_secret"]["found"].startswith("not used (which this kernel has")
+
+
+def test_an_agent_does_not_start_on_a_broken_file_of_expectations(run: Run, tmp_path: Path) -> None:
+    run("init", "--name", "host-a")
+    path = tmp_path / "values.toml"
+    path.write_text("version = 1\nhosts = 1\n")
+    configure(reference_values=str(path))
+    result = run("agent")
+    assert result.exit_code == 2
+    assert "attest.reference" in result.stderr
+    assert f"{path}: line 2: hosts" in result.stderr
+    assert "Mend: mend the line that is named" in result.stderr
 
 
 def test_init_keeps_the_identity_of_another_name(run: Run) -> None:

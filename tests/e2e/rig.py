@@ -245,7 +245,7 @@ class Rig:
 
 def _command(pid: int) -> str:
     with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:200] or f"zombie {pid}"
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:1000] or f"zombie {pid}"
     return "gone"
 
 

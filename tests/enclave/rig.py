@@ -6,7 +6,6 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -35,7 +34,7 @@ from sealane.enclave.interface import (
 )
 from sealane.enclave.launcher import PACKET_MAX, REQUEST, STARTED
 from sealane.host.migration.enclave_launcher import ENCLAVE_USER, enclave_ids
-from sealane.paths import ISOLATED
+from sealane.paths import isolated_module
 from sealane.session.preface import PREFACE_BYTES, ConnectionKind, Preface, parse_preface
 from tests.enclave.quoting import Quote, quoting_line
 from tests.session.rig import DESTINATION, MIGRATION, NOW, SOURCE, SUBJECT
@@ -84,14 +83,7 @@ class Launcher:
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115
         with theirs:
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    *ISOLATED,
-                    "-m",
-                    "sealane.enclave",
-                    str(theirs.fileno()),
-                    *map(str, enclave_ids(ENCLAVE_USER)),
-                ],
+                isolated_module("sealane.enclave", theirs.fileno(), *enclave_ids(ENCLAVE_USER)),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],

@@ -7,16 +7,22 @@ import py_compile
 import shutil
 import subprocess
 import sys
+import venv
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from sealane.attest.asking import EvidenceAsked
+from sealane.crypto.identity import create_identity, save_identity
 from sealane.enclave.interface import LAUNCHER_ENVIRONMENT
 from sealane.errors import HostError
 from sealane.host.config import AttestationSettings
+from sealane.host.fleet.evidence import ask_quoting
 from sealane.host.migration.enclave_launcher import EnclaveLauncher
 from sealane.host.quoting import QuotingService, check_launched, incoming_binaries
-from sealane.paths import ISOLATED, Paths
+from sealane.paths import ISOLATED, Paths, isolated_module
+from sealane.quoting.manifest import measure_enclave
 
 
 def plant(directory: Path) -> None:
@@ -40,6 +46,60 @@ def test_a_planted_compiled_module_is_not_loaded(tmp_path: Path) -> None:
     plant(tmp_path)
     assert who(tmp_path, "-I") == "planted"  # so the plant is a good one
     assert who(tmp_path, *ISOLATED) == "source"
+
+
+# ---- code that an interpreter runs at its start, and that is no module
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> tuple[str, Path]:
+    """An interpreter with a library directory of its own, and what is written where somebody's code runs at its start."""
+    directory = tmp_path / "venv"
+    venv.create(directory, symlinks=True, with_pip=False)
+    libraries = directory / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    ran = tmp_path / "ran"
+    code = f"import sys; open({str(ran)!r}, 'a').write("
+    # the first also sees to it that this sitecustomize is found before a distribution's own
+    (libraries / "planted.pth").write_text(f"{code}'pth '); sys.path.insert(0, {str(libraries)!r})\n")
+    (libraries / "sitecustomize.py").write_text(f"{code}'sitecustomize ')\n")
+    python = str(directory / "bin/python")
+    subprocess.run([python, "-I", "-c", ""], check=True)
+    assert set(ran.read_text().split()) == {"pth", "sitecustomize"}  # so the plants are good ones
+    ran.unlink()
+    return python, ran
+
+
+def test_nothing_runs_in_it_that_is_no_module(planted: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    python, ran = planted
+    monkeypatch.setattr(sys, "executable", python)
+    subprocess.run(isolated_module("json.tool"), input=b"{}", env=LAUNCHER_ENVIRONMENT, capture_output=True, check=True)
+    assert not ran.exists()
+    # nor where it measures; and what is listed is what an honest interpreter lists
+    names = {entry.name for entry in measure_enclave(not_after_ns=1 << 62).entries}
+    assert {"runpy.py", "sealane/enclave/launcher.py", "sealane/paths.py"} <= names
+    assert "sitecustomize.py" not in names
+    assert not ran.exists()
+
+
+async def test_neither_plant_runs_in_enclave_or_quoting_process(
+    planted: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    python, ran = planted
+    monkeypatch.setattr(sys, "executable", python)
+    paths = Paths(tmp_path / "state", tmp_path / "run", tmp_path / "config")
+    save_identity(paths, create_identity("host", now=datetime.now(UTC)))
+    launcher, quoting = EnclaveLauncher(sandbox="best-effort"), QuotingService(paths, AttestationSettings())
+    quoting.start()
+    try:
+        enclave = await launcher.start_enclave()
+        enclave.kill()
+        await enclave.reap()
+        with quoting.connect_agent() as line:
+            evidence = await asyncio.to_thread(ask_quoting, line, EvidenceAsked(bytes(32), "vm"))
+        assert "software.statement" in evidence
+    finally:
+        await asyncio.gather(launcher.stop(), quoting.stop())
+    assert not ran.exists()
 
 
 def test_nothing_is_compiled_for_others_to_find(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from typing import Any, Final, Literal, TypeAlias
 
 from sealane.errors import EvidenceError
@@ -60,9 +61,12 @@ def parse_json(text: str, what: str) -> Any:
     if len(text) > JSON_BYTES_MAX:
         raise EvidenceError("attest.too-large", f"{what}: {len(text)} characters")
     try:
-        return json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
+        if "\\u" in text:  # half a character, which no other text can hold (RFC 8259, 8.2)
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise EvidenceError("attest.malformed", f"{what}: {error}") from error
+    return value
 
 
 def decode_text(data: bytes, what: str) -> str:
@@ -70,7 +74,8 @@ def decode_text(data: bytes, what: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise EvidenceError("attest.malformed", f"{what}: not UTF-8 at byte {error.start}") from error
+        line = 1 + data.count(b"\n", 0, error.start)
+        raise EvidenceError("attest.malformed", f"{what}: not UTF-8 at byte {error.start}, line {line}") from error
 
 
 def parse_hex(text: object, what: str, size: int | None = None) -> bytes:
@@ -94,7 +99,8 @@ def describe(data: bytes) -> str:
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise ValueError("a key stands twice in an object")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"the key {max(counts, key=counts.__getitem__)[:100]!r} stands twice in an object")
     return value
 
 

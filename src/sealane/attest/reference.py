@@ -5,11 +5,13 @@ A signed file is a DSSE envelope (payload type below) with Ed25519 signatures.
 
 import base64
 import binascii
+import re
 import tomllib
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from sealane.attest.places import line_of
 from sealane.attest.reading import decode_text, parse_json
 from sealane.attest.reasons import Level
 from sealane.crypto.dsse import pre_authentication_encoding
@@ -24,8 +26,35 @@ def _hexadecimal(text: str) -> str:
     return text.lower()
 
 
+_BANKS: Final = frozenset({"sha1", "sha256", "sha384", "sha512"})
+_PCRS: Final = frozenset(map(str, range(24)))
+_DIGEST: Final = re.compile(r"([a-z0-9-]{1,20}:){1,2}([0-9a-f]{2}){1,64}")
+_HARDWARE: Final = re.compile(r"(ppid|chip|ak):([0-9a-f]{2}){1,64}")
+
+
+def _digest(text: str) -> str:
+    if not _DIGEST.fullmatch(text.lower()):
+        raise ValueError("not a digest as in `sha256:9f86…`")
+    return text.lower()
+
+
+def _hardware(text: str) -> str:
+    if not _HARDWARE.fullmatch(text.lower()):
+        raise ValueError("not hardware as in `ak:9f86…`, `ppid:…` or `chip:…`")
+    return text.lower()
+
+
+def _pcr_values(pcrs: dict[str, dict[str, list[str]]]) -> dict[str, dict[str, list[str]]]:
+    for bank, values in pcrs.items():
+        if bank not in _BANKS or set(values) - _PCRS:
+            raise ValueError("a bank is sha1, sha256, sha384 or sha512, and its PCRs are 0 to 23")
+    return pcrs
+
+
 Hex = Annotated[str, Field(min_length=2, max_length=256), AfterValidator(_hexadecimal)]
 Choices = Annotated[list[Hex], Field(min_length=1)]
+Digests = list[Annotated[str, AfterValidator(_digest)]]
+Hardware = list[Annotated[str, AfterValidator(_hardware)]]
 
 
 AcceptableStatus = Literal["SWHardeningNeeded", "ConfigurationNeeded", "ConfigurationAndSWHardeningNeeded"]
@@ -91,22 +120,22 @@ class TpmReference(_Strict):
     """TPMs: whose keys are known, and which PCR values are good (bank -> index -> values)."""
 
     keys: list[TpmKey] = []
-    pcrs: dict[str, dict[str, Choices]] | None = None
+    pcrs: Annotated[dict[str, dict[str, Choices]], AfterValidator(_pcr_values)] | None = None
 
 
 class ImaReference(_Strict):
     """Files that may have been measured: `sha256:…` digests."""
 
-    digests: list[str]
+    digests: Digests
 
 
 class PlatformReference(_Strict):
     """Sealane's own log: each list that is given has to hold every entry of its kind, of which there must be one."""
 
-    enclave_manifest: list[str] | None = None
-    qemu: list[str] | None = None
-    libvirt: list[str] | None = None
-    module: list[str] | None = None
+    enclave_manifest: Digests | None = None
+    qemu: Digests | None = None
+    libvirt: Digests | None = None
+    module: Digests | None = None
     kernel: list[str] | None = None
     command_line: list[str] | None = None
     iommu: list[str] | None = None
@@ -123,7 +152,7 @@ class Reference(_Strict):
     version: Literal[1]
     minimum_level: Annotated[int, Field(ge=0, le=4)] = 1
     user_data: Hex | None = None
-    hosts: list[str] | None = None
+    hosts: Hardware | None = None
     test_roots: list[Hex] = []
     accept_test_roots: bool = False
     accept_tcb_statuses: list[AcceptableStatus] = []
@@ -133,7 +162,7 @@ class Reference(_Strict):
     tpm: TpmReference | None = None
     ima: ImaReference | None = None
     platform: PlatformReference | None = None
-    peers: dict[str, list[str]] | None = None
+    peers: dict[str, Hardware] | None = None
     identity_key: Hex | None = None
 
     def for_peer(self, name: str) -> "Reference":
@@ -169,7 +198,7 @@ NO_REFERENCE: Final = Reference(version=1)
 def parse_reference(data: bytes, *, key: bytes | None = None) -> Reference:
     """JSON, TOML or a DSSE envelope; with `key` (an Ed25519 public key) the envelope is required and verified.
 
-    Raises EvidenceError `attest.reference` or `attest.reference-signature`.
+    Raises EvidenceError `attest.reference`, with the line, or `attest.reference-signature`.
     """
     text = _text(data)
     value: Any
@@ -178,15 +207,16 @@ def parse_reference(data: bytes, *, key: bytes | None = None) -> Reference:
     else:
         try:
             value = tomllib.loads(text)
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # a number of too many digits is a bare ValueError
             raise EvidenceError("attest.reference", str(error)) from error
     if isinstance(value, dict) and "payloadType" in value:
         if key is None:
             raise EvidenceError("attest.reference-signature", "the file is signed; give the key with --reference-key")
-        value = _json(_text(open_envelope(value, key)))
+        text = _text(open_envelope(value, key))
+        value = _json(text)
     elif key is not None:
         raise EvidenceError("attest.reference-signature", "a key was given and the file is not signed")
-    return _validated(value)
+    return _validated(value, text)
 
 
 def parse_introduced(data: bytes, *, hardware_keys: frozenset[str] = frozenset()) -> Reference:
@@ -228,13 +258,14 @@ def open_envelope(envelope: dict[str, Any], key: bytes) -> bytes:
     raise EvidenceError("attest.reference-signature")
 
 
-def _validated(value: object) -> Reference:
+def _validated(value: object, text: str) -> Reference:
     try:
         return Reference.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise EvidenceError("attest.reference", f"{place or 'file'}: {first['msg']}") from error
+        where = f"line {line_of(text, first['loc'])}: {place or 'file'}"
+        raise EvidenceError("attest.reference", f"{where}: {first['msg']}") from error
 
 
 def _json(text: str) -> Any:

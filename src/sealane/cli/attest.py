@@ -76,11 +76,11 @@ def parse_time(text: str) -> datetime:
         if text.isascii() and text.isdigit():
             return datetime.fromtimestamp(int(text), UTC)
         moment = datetime.fromisoformat(text)
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
     except (ValueError, OverflowError, OSError) as error:
         raise UsageError(
             "usage.argument", f"--at {text!r} is no time; write for example 2025-07-01T12:00:00Z"
         ) from error
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
 def read(path: Path) -> bytes:

@@ -7,21 +7,22 @@ import os
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from sealane.cli import format as words
 from sealane.cli import probes
 from sealane.cli.client import AgentClient
+from sealane.cli.findings import Check, Context, Finding, Level, configured
+from sealane.cli.trust_checks import check_expectations, check_roots
 from sealane.crypto.aead import KEY_BYTES, NONCE_BYTES, TAG_BYTES, Aead
 from sealane.crypto.identity import load_identity
 from sealane.crypto.tls import library_version, offered_group
 from sealane.enclave.sandbox import MEASURES, why_not
 from sealane.errors import SealaneError, make_error
-from sealane.host.config import Settings, load_settings, load_vms
+from sealane.host.config import load_settings, load_vms
 from sealane.host.migration.enclave_launcher import try_sandbox
 from sealane.host.models import Host
 from sealane.host.policy import load_policy
@@ -30,10 +31,7 @@ from sealane.host.skew import own_version
 from sealane.libvirt import binding
 from sealane.libvirt.machine import daemon_socket
 from sealane.limits import GIB, KIB, MIB
-from sealane.paths import Paths
 from sealane.vtpm import swtpm
-
-Level = Literal["ok", "warning", "broken"]
 
 # QEMU before 9.0 loses dirty pages under TCG (mended by QEMU's commit 03bfc2188f).
 _TCG_TRUSTWORTHY: Final = (9, 0, 0)
@@ -43,27 +41,6 @@ _SPACE_BROKEN: Final = 16 * MIB  # the journal's writes must not fail in mid-han
 _SPACE_WARNING: Final = GIB // 4
 _RATE_PROBE_S: Final = 0.15
 _SWTPM_HANDS_OVER: Final = (0, 8, 0)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the doctor's report."""
-
-    check: str
-    level: Level
-    found: str
-    mend: str = ""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the checks are given to look at."""
-
-    paths: Paths
-    deep: bool = False
-
-
-Check = Callable[[Context], Iterable[Finding]]
 
 
 def examine(context: Context) -> Iterator[Finding]:
@@ -157,7 +134,6 @@ def _trial_boot() -> Finding:
 
 
 _KERNEL_MENDS: Final = {
-    "memfd_secret": "a kernel with CONFIG_SECRETMEM, booted with secretmem.enable=1 before Linux 6.5",
     "Landlock": "a kernel with CONFIG_SECURITY_LANDLOCK and `landlock` in lsm=",
     "seccomp": "a kernel with CONFIG_SECCOMP_FILTER",
     "userfaultfd": "only --on-stall postcopy towards this host needs it: run QEMU as root, let its user open /dev/userfaultfd, or "
@@ -175,12 +151,23 @@ def check_kernel(context: Context) -> Iterator[Finding]:
         if abi
         else Finding("Landlock", "warning", "not available", _KERNEL_MENDS["Landlock"])
     )
+    yield _hidden_memory()
     for name, probe in probes.KERNEL_PROBES.items():
         problem = probe()
         if problem is None:
             yield Finding(name, "ok", "available")
         else:
             yield Finding(name, "warning", problem, _KERNEL_MENDS[name])
+
+
+def _hidden_memory() -> Finding:
+    """What holds of the keys' memory: OpenSSL and Python copy every key to places of their own (ADR 0010)."""
+    problem = probes.memfd_secret_problem()
+    kernel = "which this kernel has" if problem is None else f"which this kernel has not: {problem}"
+    found = f"not used ({kernel}): keys lie in the enclave's ordinary memory, closed to other users and processes, open to root"
+    return Finding(
+        "memfd_secret", "warning", found, "keep the swap encrypted, or have none: that memory can be swapped out"
+    )
 
 
 _SANDBOX_MENDS: Final = {
@@ -199,7 +186,7 @@ _SANDBOX_MENDS: Final = {
 
 def check_sandbox(context: Context) -> Iterator[Finding]:
     """Which measures hold for an enclave that this user starts here: one is started, asked, and ended."""
-    settings = _settings(context)
+    settings = configured(context)
     measures = asyncio.run(try_sandbox(settings.enclave_user))
     refused = {reason.partition(":")[0] for reason in why_not(measures, settings.sandbox)}
     for name in MEASURES:
@@ -268,9 +255,12 @@ def check_agent(context: Context) -> Iterator[Finding]:
         else:
             told = f"{agent.name} runs Sealane {version or agent.version}, this command line is {own_version()}"
             yield Finding("agent", "warning", told, "if it was upgraded: `systemctl restart sealane`; VMs run on")
+        if agent.root_of_trust.startswith("none:"):
+            mend = "see `root of trust` above and the agent's log; no migration is attested until it answers"
+            yield Finding("agent's root of trust", "broken", agent.root_of_trust, mend)
     except SealaneError as error:
         yield Finding("agent", "warning", error.detail, error.mend)
-    settings = _settings(context)
+    settings = configured(context)
     if settings.port == 0:
         yield Finding("port", "warning", "any free one is taken", "set `port`, so that peers find it")
         return
@@ -290,13 +280,6 @@ def check_agent(context: Context) -> Iterator[Finding]:
 def agent_at(agent: Host | None) -> str:
     """Where the agent listens."""
     return "-" if agent is None else agent.listen
-
-
-def _settings(context: Context) -> Settings:
-    try:
-        return load_settings(context.paths.config)
-    except SealaneError:
-        return Settings()  # told by check_configuration
 
 
 def check_directories(context: Context) -> Iterator[Finding]:
@@ -358,7 +341,9 @@ def check_identity(context: Context) -> Iterator[Finding]:
     elif days < _IDENTITY_WARNING_DAYS:
         yield Finding("identity", "warning", f"{identity.name}, {days} days left", renew)
     else:
-        yield Finding("identity", "ok", f"{identity.name} {identity.fingerprint}, {days} days left (software key)")
+        yield Finding(
+            "identity", "ok", f"{identity.name} {identity.fingerprint}, {days} days left (its key lies in a file)"
+        )
 
 
 def check_space(context: Context) -> Iterator[Finding]:
@@ -462,6 +447,8 @@ CHECKS: Final[dict[str, Check]] = {
     "swtpm": check_vtpm,
     "libvirt": check_libvirt,
     "configuration": check_configuration,
+    "root of trust": check_roots,
+    "expectations": check_expectations,
     "policy": check_policy,
     "receipts": check_receipts,
     "agent": check_agent,

@@ -4,7 +4,8 @@ from typing import Annotated, Final
 
 import typer
 
-from sealane.cli.checks import Context, Finding, examine
+from sealane.cli.checks import examine
+from sealane.cli.findings import Context, Finding
 from sealane.cli.output import Output, command
 from sealane.errors import HostError
 from sealane.paths import Paths

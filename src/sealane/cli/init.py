@@ -11,12 +11,13 @@ from sealane.cli import format as words
 from sealane.cli.output import Output, command
 from sealane.crypto.identity import Identity, create_identity, load_identity, save_identity
 from sealane.errors import ControlError, SealaneError, UsageError
+from sealane.host.config import load_settings
 from sealane.host.models import Name
+from sealane.host.quoting import place_of_roots
 from sealane.paths import Paths
+from sealane.quoting.roots import describe_roots
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
-
-ROOT_OF_TRUST = "software key (identity only)"
 
 
 @app.command()
@@ -77,20 +78,30 @@ def _name(wanted: str | None, present: Identity | None) -> str:
 
 def _show(identity: Identity, out: Output, *, made: bool) -> None:
     now = datetime.now(UTC)
+    root = root_of_trust(Paths.from_environment())
     out.object(
         {
             "name": identity.name,
             "fingerprint": identity.fingerprint,
             "not_before": identity.not_before.isoformat(),
             "not_after": identity.not_after.isoformat(),
-            "root_of_trust": ROOT_OF_TRUST,
+            "root_of_trust": root,
             "created": made,
         }
     )
-    out.line(f"identity   {identity.name}  {identity.fingerprint} (Ed25519)      root of trust  {ROOT_OF_TRUST}")
+    out.line(f"identity   {identity.name}  {identity.fingerprint} (Ed25519)      root of trust  {root}")
     left = (identity.not_after - now).total_seconds()
     if left <= 0:
         out.line("! it has expired: make a new one with `sealane init --renew`")
     out.detail(
         f"valid      {identity.not_before:%Y-%m-%d} to {identity.not_after:%Y-%m-%d}, {words.duration(left)} left"
     )
+
+
+def root_of_trust(paths: Paths) -> str:
+    """What signs for this host by its settings, a simulation as such; the identity's own key is one in a file in any case."""
+    try:
+        settings = load_settings(paths.config).attestation
+    except SealaneError as error:
+        return f"not known: {error.detail}"
+    return ", ".join(one.sentence for one in describe_roots(settings.drivers, place_of_roots(settings)))

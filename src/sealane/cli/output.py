@@ -68,7 +68,7 @@ class Output:
     def object(self, value: object) -> None:
         """One JSON object on a line of its own; nothing without --json."""
         if self.as_json:
-            print(json.dumps(value, ensure_ascii=False, separators=(",", ":")), flush=True)
+            print_json(value)
 
     def table(self, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Columns, left-aligned and as wide as their widest cell."""
@@ -91,11 +91,17 @@ def print_error(
         value = {"type": "error", **error.as_dict(), "exit_status": error.exit_status, **(more or {})}
         if headline is not None:
             value["headline"] = headline
-        print(json.dumps(value, ensure_ascii=False, separators=(",", ":")), flush=True)
+        print_json(value)
         return
     print(
         paint(failure_text(error, headline=headline, width=_width(sys.stderr)), sys.stderr), file=sys.stderr, flush=True
     )
+
+
+def print_json(value: object) -> None:
+    """One object on a line; bytes of file names that are no UTF-8 become question marks."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    print(text.encode(errors="replace").decode(), flush=True)
 
 
 def failure_text(error: SealaneError, *, headline: str | None = None, width: int = _CODE_COLUMN) -> str:
@@ -124,10 +130,11 @@ def is_terminal(stream: TextIO) -> bool:
 def harmless(text: str) -> str:
     """The text without characters that could steer a terminal: peers and QEMU have their words in details.
 
-    Control characters (but line feed and tab) and the marks that turn the direction of writing become U+FFFD.
+    Control characters (but line feed and tab), the marks that turn the direction of writing, and halves of characters (from file
+    names that are no UTF-8) become U+FFFD.
     """
     return "".join(
-        "\ufffd" if unicodedata.category(char) in {"Cc", "Cf"} and char not in "\n\t" else char for char in text
+        "\ufffd" if unicodedata.category(char) in {"Cc", "Cf", "Cs"} and char not in "\n\t" else char for char in text
     )
 
 

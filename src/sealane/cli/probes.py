@@ -213,7 +213,6 @@ def clock_is_synchronised() -> bool | None:
 
 
 KERNEL_PROBES: Final[dict[str, Callable[[], str | None]]] = {
-    "memfd_secret": memfd_secret_problem,
     "seccomp": seccomp_problem,
     "userfaultfd": userfaultfd_problem,
     "pidfd": pidfd_problem,

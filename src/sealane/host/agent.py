@@ -62,7 +62,7 @@ from sealane.host.peers import Peers
 from sealane.host.policy import UNKNOWN_CALLER, Caller, Move, load_policy
 from sealane.host.proving import TpmProving
 from sealane.host.queue import Turn
-from sealane.host.quoting import QuotingService, incoming_binaries
+from sealane.host.quoting import QuotingService, check_expected, incoming_binaries
 from sealane.host.rates import SharedRate
 from sealane.host.receipts.chain import Receipts
 from sealane.host.recovery import Recovery
@@ -490,10 +490,11 @@ class _Locks(AbstractContextManager[None]):
 def run_agent(paths: Paths, settings: Settings) -> int:
     """Run this host's agent in the foreground until SIGTERM or SIGINT; the exit status is 0 after a graceful end.
 
-    Raises `agent.running`, `host.identity-missing`, `host.port`, `host.permission`, `host.store`, and
-    `usage.configuration`.
+    Raises `agent.running`, `host.identity-missing`, `host.port`, `host.permission`, `host.store`,
+    `usage.configuration`, and `attest.*` for a file of expectations that cannot be used.
     """
     configure_logs(settings.log, settings.log_level)
+    check_expected(paths, settings.attestation)
     with _Locks(paths):
         asyncio.run(_main(paths, settings))
     return 0

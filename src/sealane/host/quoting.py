@@ -9,16 +9,17 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Final
 
 import structlog
 
 from sealane.errors import HostError
 from sealane.host.config import AttestationSettings
-from sealane.paths import ISOLATED, Paths
+from sealane.paths import Paths, isolated_module
+from sealane.quoting.expected import ExpectedFiles, check_files
 from sealane.quoting.interface import (
     PACKET_MAX,
     Configure,
@@ -29,8 +30,35 @@ from sealane.quoting.interface import (
     encode_packet,
     parse_packet,
 )
+from sealane.quoting.roots import Place
 
 _END_WAIT_S: Final = 5.0
+
+
+def _system_root() -> str:
+    return os.environ.get("SEALANE_SYSTEM_ROOT", "/")
+
+
+def expected_files(settings: AttestationSettings) -> ExpectedFiles:
+    """The files that say what this host expects of peers."""
+    return ExpectedFiles(
+        settings.reference_values, settings.reference_key, tuple(settings.collateral), tuple(settings.tpm_roots)
+    )
+
+
+def place_of_roots(settings: AttestationSettings) -> Place:
+    """Where this host's roots of trust are."""
+    return Place(settings.tcti, settings.simulated_root, Path(_system_root()))
+
+
+def check_expected(paths: Paths, settings: AttestationSettings) -> None:
+    """Raise what is wrong with one of these files; one that is missing is logged, and every peer is refused until it comes."""
+    log = structlog.get_logger()
+    for one in check_files(expected_files(settings), paths.state):
+        if one.is_missing:
+            log.error("a file of expectations is missing", setting=one.setting, path=one.path)
+        elif one.problem is not None:
+            raise one.problem
 
 
 def incoming_binaries(commands: Iterable[Sequence[str] | None]) -> list[str]:
@@ -84,7 +112,7 @@ class QuotingService:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, *ISOLATED, "-m", "sealane.quoting", str(theirs.fileno())],
+                isolated_module("sealane.quoting", theirs.fileno()),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -140,7 +168,7 @@ class QuotingService:
             started_ns=self._started_ns,
             state=str(self._paths.state),
             run=str(self._paths.run),
-            root=os.environ.get("SEALANE_SYSTEM_ROOT", "/"),
+            root=_system_root(),
             **settings.model_dump(exclude={"drivers", "again_every_s", "tpm_roots"}),
         )
 

@@ -6,14 +6,13 @@ hosts with the same software give the same digest wherever it lies; libraries of
 
 Python's caches of compiled modules are not measured: they carry times and paths, so that no two hosts have the same ones. So the
 launcher's interpreter reads none (`paths.ISOLATED`), and compiles the measured sources anew at each start of the agent. A compiled
-file without its source is a module's file, and measured as such.
+file without its source is a module's file, and measured as such. Nor does it run `.pth` files or `sitecustomize`.
 """
 
 import hashlib
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,12 @@ from typing import Any, Final
 
 from sealane.attest.platformlog import Measured
 from sealane.errors import HostError
-from sealane.paths import ISOLATED
+from sealane.paths import isolated
 
 _LISTING_TIMEOUT_S: Final = 60.0
 _LISTING: Final = """
 import importlib, json, sys
-for name in ("sealane.enclave.process", "sealane.enclave.__main__"):
+for name in ("runpy", "sealane.enclave.process", "sealane.enclave.__main__"):
     importlib.import_module(name)
 files = {file for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
 with open("/proc/self/maps") as maps:
@@ -85,7 +84,7 @@ def measure_enclave(*, not_after_ns: int) -> Manifest:
 def _list_files() -> dict[str, Any]:
     try:
         done = subprocess.run(
-            [sys.executable, *ISOLATED, "-c", _LISTING],
+            isolated(_LISTING),
             env={"LANG": "C.UTF-8"},
             capture_output=True,
             timeout=_LISTING_TIMEOUT_S,

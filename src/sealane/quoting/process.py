@@ -35,6 +35,7 @@ from sealane.limits import EVIDENCE_MAX, QUOTE_TIMEOUT_S
 from sealane.quoting.drivers import make_drivers
 from sealane.quoting.drivers.driver import Driver
 from sealane.quoting.drivers.tpm2 import Tpm2Driver
+from sealane.quoting.expected import check_reference, read_expected
 from sealane.quoting.interface import (
     PACKET_MAX,
     Configure,
@@ -133,7 +134,10 @@ class Platform:
         raise HostError("quoting.driver", "this host has no TPM")
 
     def policy(self) -> dict[str, bytes]:
-        """What this host expects of peers; the files are read anew each time. Raises HostError `host.permission`."""
+        """What this host expects of peers; the files are read anew each time.
+
+        Raises HostError `host.permission`, EvidenceError `attest.reference…` with file and line.
+        """
         settings = self.configuration
         wanted = {"least_level": settings.least_level, "accepted_test_roots": settings.accepted_test_roots}
         pieces = {"expectations": json.dumps(wanted).encode()}
@@ -144,11 +148,10 @@ class Platform:
         known = Path(settings.state) / KNOWN_HOSTS
         if known.exists():
             files["known"] = str(known)
-        for name, path in files.items():
-            try:
-                pieces[name] = Path(path).read_bytes()
-            except OSError as error:
-                raise HostError("host.permission", f"{path}: {error.strerror}") from error
+        pieces |= {name: read_expected(path) for name, path in files.items()}
+        if "reference" in pieces:
+            key = pieces.get("reference-key")
+            check_reference(settings.reference_values, pieces["reference"], settings.reference_key, key)
         return pieces
 
 

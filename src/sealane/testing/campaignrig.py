@@ -255,7 +255,7 @@ class CampaignRig:
         found = []
         for end in (self.home, self.away):
             words = {pid: _command(pid) for pid in end.processes() if process_name(pid) != LAUNCHER_NAME}
-            known = ("qemu-system", " agent --listen", "-m sealane.quoting")
+            known = ("qemu-system", " agent --listen", "sealane.quoting")
             others = [each for each in words.values() if not any(word in each for word in known)]
             if others:
                 found.append(f"{end.name} has processes left: {others}")
@@ -300,7 +300,7 @@ class CampaignRig:
 
 def _command(pid: int) -> str:
     with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:200] or f"zombie {pid}"
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:1000] or f"zombie {pid}"
     return "gone"
 
 

@@ -11,7 +11,6 @@ import pwd
 import signal
 import socket
 import subprocess
-import sys
 from collections import deque
 from typing import Any, Final, NoReturn
 
@@ -23,7 +22,7 @@ from sealane.enclave.sandbox import Measures, why_not
 from sealane.errors import HostError, SealaneError, make_error
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
 from sealane.limits import ENCLAVE_START_TIMEOUT_S
-from sealane.paths import ISOLATED
+from sealane.paths import isolated_module
 
 ENCLAVE_USER: Final = "sealane-enclave"
 _UNALLOTTED: Final = 60900
@@ -105,7 +104,7 @@ class EnclaveLauncher:
         ours, theirs = socket_pair()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, *ISOLATED, "-m", "sealane.enclave", str(theirs.fileno()), *map(str, ids)],
+                isolated_module("sealane.enclave", theirs.fileno(), *ids),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],

@@ -9,7 +9,7 @@ from sealane.errors import HostError
 from sealane.quoting.drivers.files import padded, read_file, write_file
 from sealane.quoting.interface import Configure
 
-_REPORTS: Final = "sys/kernel/config/tsm/report"
+REPORTS: Final = "sys/kernel/config/tsm/report"
 _NAME: Final = "sealane"
 
 
@@ -17,7 +17,7 @@ class ConfigfsReport:
     """One request's directory, kept for all quotes of this process. Raises HostError `quoting.driver`."""
 
     def __init__(self, configuration: Configure, provider: str) -> None:
-        self._directory = Path(configuration.root) / _REPORTS / _NAME
+        self._directory = Path(configuration.root) / REPORTS / _NAME
         try:
             self._directory.mkdir(exist_ok=True)
         except OSError as error:

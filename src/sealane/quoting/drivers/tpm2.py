@@ -27,6 +27,9 @@ _AK_HANDLE: Final = "0x81015ea1"
 _EK_CERTIFICATE_NV: Final = "0x01c00002"
 _TOOL_TIMEOUT_S: Final = 30.0
 _DIGEST_BYTES: Final = 32
+USUAL_TCTI: Final = "device:/dev/tpmrm0"
+SOFTWARE_TPM: Final = "software TPM (swtpm or alike)"
+HARDWARE_TPM: Final = "TPM 2.0"
 # TPM commands extend one digest each; a command line holds some hundred.
 _EXTENDS_AT_ONCE: Final = 100
 
@@ -35,12 +38,12 @@ class Tpm2Driver:
     """One TPM. Raises HostError `quoting.driver` with what the tool said, and `quoting.pcr`."""
 
     def __init__(self, configuration: Configure) -> None:
-        self._tcti = configuration.tcti or "device:/dev/tpmrm0"
+        self._tcti = configuration.tcti or USUAL_TCTI
         self._pcr = configuration.pcr
         self._directory = Path(configuration.run)
         self._pcrs = sorted({*_BOOT_AND_IMA, self._pcr})
-        self.is_software = self._looks_like_software()
-        self.words = "software TPM (swtpm or alike)" if self.is_software else "TPM 2.0"
+        self.is_software = looks_like_software(self._tcti)
+        self.words = SOFTWARE_TPM if self.is_software else HARDWARE_TPM
         self._make_keys()
         self.public = self._output("tpm2_readpublic", "-c", _AK_HANDLE, out="-o")
 
@@ -143,14 +146,6 @@ class Tpm2Driver:
             self._tool("tpm2_evictcontrol", "-C", "o", "-c", context, _AK_HANDLE)
             self._tool("tpm2_flushcontext", "-t")
 
-    def _looks_like_software(self) -> bool:
-        """libtpms and Microsoft's reference code say so in TPM2_PT_VENDOR_STRING."""
-        lines = self._tool("tpm2_getcap", "properties-fixed").decode(errors="replace").splitlines()
-        vendor = [line.partition(":")[2].strip(' "') for at, line in enumerate(lines)
-                  if "VENDOR_STRING" in "".join(lines[max(0, at - 2) : at]) and "value" in line]  # fmt: skip
-        words = "".join(vendor).replace(" ", "").upper()
-        return "SWTPM" in words or "XCGFTPM" in words
-
     def _values(self, pcrs: Sequence[int]) -> dict[int, bytes]:
         data = self._output("tpm2_pcrread", f"{BANK}:{','.join(map(str, pcrs))}", "-F", "values", out="-o")
         return _cut(data, pcrs)
@@ -163,22 +158,36 @@ class Tpm2Driver:
 
     def _tool(self, *words: str | Path) -> bytes:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            done = subprocess.run(
-                [str(word) for word in words],
-                env={**os.environ, "TPM2TOOLS_TCTI": self._tcti, "TSS2_LOG": "all+NONE"},
-                capture_output=True,
-                timeout=_TOOL_TIMEOUT_S,
-                check=False,
-            )
-        except FileNotFoundError:
-            raise HostError("quoting.driver", f"{words[0]} is missing; install Debian's tpm2-tools") from None
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise HostError("quoting.driver", f"{words[0]}: {type(error).__name__}") from error
-        if done.returncode:
-            said = " ".join(done.stderr.decode(errors="replace").split())[-300:]
-            raise HostError("quoting.driver", f"{words[0]} at {self._tcti}: {said}")
-        return done.stdout
+        return _run_tool(self._tcti, *words)
+
+
+def looks_like_software(tcti: str, *, timeout_s: float = _TOOL_TIMEOUT_S) -> bool:
+    """libtpms and Microsoft's reference code say so in TPM2_PT_VENDOR_STRING. Raises HostError `quoting.driver`."""
+    told = _run_tool(tcti, "tpm2_getcap", "properties-fixed", timeout_s=timeout_s)
+    lines = told.decode(errors="replace").splitlines()
+    vendor = [line.partition(":")[2].strip(' "') for at, line in enumerate(lines)
+              if "VENDOR_STRING" in "".join(lines[max(0, at - 2) : at]) and "value" in line]  # fmt: skip
+    words = "".join(vendor).replace(" ", "").upper()
+    return "SWTPM" in words or "XCGFTPM" in words
+
+
+def _run_tool(tcti: str, *words: str | Path, timeout_s: float = _TOOL_TIMEOUT_S) -> bytes:
+    try:
+        done = subprocess.run(
+            [str(word) for word in words],
+            env={**os.environ, "TPM2TOOLS_TCTI": tcti, "TSS2_LOG": "all+NONE"},
+            capture_output=True,
+            timeout=timeout_s,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise HostError("quoting.driver", f"{words[0]} is missing; install Debian's tpm2-tools") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise HostError("quoting.driver", f"{words[0]}: {type(error).__name__}") from error
+    if done.returncode:
+        said = " ".join(done.stderr.decode(errors="replace").split())[-300:]
+        raise HostError("quoting.driver", f"{words[0]} at {tcti}: {said}")
+    return done.stdout
 
 
 def _without_padding(der: bytes) -> bytes:
