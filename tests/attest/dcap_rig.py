@@ -130,6 +130,8 @@ class DcapRig:
     """One platform and one quote on it."""
 
     version: int = 4
+    of_sgx: bool = False  # of a TD else, where the version leaves the choice
+    td_15: bool = True
     vendor: bytes = INTEL_QE_VENDOR
     root: Authority = field(default_factory=lambda: certify("Test SGX Root CA", None))
     ca_name: str = "Intel SGX PCK Platform CA"
@@ -172,7 +174,7 @@ class DcapRig:
 
     @property
     def sgx(self) -> bool:
-        return self.version == 3
+        return self.version == 3 or self.of_sgx
 
     def certificates(self) -> None:
         if hasattr(self, "pck"):
@@ -201,14 +203,14 @@ class DcapRig:
         report = self.tee_tcb_svn + b"\x01" * 48 + self.mr_signer_seam + bytes(8)
         report += struct.pack("<Q", self.td_attributes) + bytes(8) + b"\x02" * 48 + bytes(144)
         report += b"".join(bytes([3 + index]) * 48 for index in range(4)) + self.user_data
-        return report + (bytes(16) + self.mr_service_td if self.version == 5 else b"")
+        return report + (bytes(16) + self.mr_service_td if self.version == 5 and self.td_15 else b"")
 
     def quote(self) -> bytes:
         self.certificates()
         header = struct.pack("<HHI4x16s20x", self.version, 2, 0 if self.sgx else 0x81, self.vendor)
         body = self.body()
         if self.version == 5:
-            body = struct.pack("<HI", 3, len(body)) + body
+            body = struct.pack("<HI", 1 if self.sgx else 3 if self.td_15 else 2, len(body)) + body
         signed = header + body
         key = point(self.attestation_key)
         digest = hashlib.sha256(key + (self.auth_data if self.bound else b"other")).digest()
@@ -221,7 +223,7 @@ class DcapRig:
         inner = qe + self.spoiled("qe", raw_sign(self.pck.key, qe)) + struct.pack("<H", len(self.auth_data))
         inner += self.auth_data + struct.pack("<HI", 5, len(chain)) + chain
         data = signature + key
-        data += inner if self.sgx else struct.pack("<HI", 6, len(inner)) + inner
+        data += inner if self.version == 3 else struct.pack("<HI", 6, len(inner)) + inner
         return signed + struct.pack("<I", len(data)) + data
 
     def tcb_info(self) -> str:

@@ -230,9 +230,10 @@ def test_the_log_of_a_trust_domain_replays_to_its_registers() -> None:
     rig = DcapRig()
     quote = parse_quote(rig.quote())
     assert isinstance(quote.body, TdReport)
-    body = dataclasses.replace(quote.body, rtmr=(bytes(48), rtmr1, bytes(48), bytes(48)))
+    body = dataclasses.replace(quote.body, rtmr=(bytes(48), rtmr1, bytes(48), b"\x07" * 48))  # RTMR3 is the run time's
     cases = [
         (log(b"kernel"), False),
+        (EventLog((), ("sha384",), 0), True),  # all events of a register hidden
         (log(b"other"), True),
         (log(b"kernel", "sha256"), True),
         (log(b"", register=0), True),

@@ -95,7 +95,7 @@ class SnpRig:
         return appraise(material, reference or self.reference(), now=NOW)
 
 
-@pytest.mark.parametrize("version", [2, 3, 5])
+@pytest.mark.parametrize("version", [2, 3, 4, 5])
 def test_a_whole_chip_reaches_the_highest_level(version: int) -> None:
     rig = SnpRig(version=version)
     verdict = rig.verdict()

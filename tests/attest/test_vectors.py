@@ -3,7 +3,9 @@
 import calendar
 import importlib
 import json
+import random
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -340,3 +342,26 @@ def test_the_same_answers_as_another_verifier(vectors: Path, kind: str) -> None:
         changed = quote[:at] + bytes([quote[at] ^ 0x10]) + quote[at + 1 :]
         # stricter than the other one in one thing: lengths have to fit exactly (it lets the PCK chain's be shorter)
         assert ours(changed, WITHIN) in {None, theirs(changed, WITHIN)}, at
+
+
+def test_real_files_cut_changed_and_thrown_together_give_a_verdict_or_one_error(vectors: Path) -> None:
+    chance = random.Random(4)
+    files = sorted(path for path in vectors.rglob("*") if path.is_file() and path.suffix != ".md")
+    whole = {path.name: path.read_bytes() for path in files}
+    for _ in range(400):
+        material = Material()
+        for name in chance.sample(sorted(whole), chance.randint(1, 4)):
+            data = bytearray(whole[name])
+            at, how = chance.randrange(len(data)), chance.randrange(5)
+            if how == 0:
+                del data[at:]
+            elif how == 1:
+                data[at] ^= 1 << chance.randrange(8)
+            elif how == 2:
+                data[at : at + 4] = chance.choice([b"\xff" * 4, bytes(4), chance.randbytes(4)])
+            elif how == 3:
+                del data[at : at + chance.randrange(1, 64)]
+            with suppress(EvidenceError):
+                material.add(name, bytes(data))
+        with suppress(EvidenceError):
+            json.dumps(appraise(material, now=chance.choice([WITHIN, LATER])).as_dict()).encode()

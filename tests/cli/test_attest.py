@@ -2,6 +2,8 @@
 
 import base64
 import json
+import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,12 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from sealane.attest.appraise import FILES_MAX
+from sealane.attest.reading import EVIDENCE_BYTES_MAX
 from sealane.attest.reference import PAYLOAD_TYPE
 from sealane.crypto.dsse import pre_authentication_encoding
 from tests.attest.dcap_rig import DcapRig
+from tests.attest.test_snp import SnpRig
 from tests.attest.tpm_rig import TpmRig
 from tests.cli.conftest import Run
 
@@ -106,6 +111,81 @@ def test_not_understood_exits_with_2(run: Run, tmp_path: Path, content: bytes, c
     result = run("attest", "verify", path, "--json")
     assert result.exit_code == 2
     assert json.loads(result.stdout)["code"] == code
+
+
+def test_whatever_a_file_is_the_answer_is_one_of_three(run: Run, tmp_path: Path) -> None:
+    """A directory, a file that is missing, empty, too large, named in no UTF-8: 2, told in a sentence."""
+    quote = TpmRig().quote()
+    huge, odd = tmp_path / "huge", tmp_path / os.fsdecode(b"\xff\xfe")
+    with huge.open("wb") as file:
+        file.truncate(EVIDENCE_BYTES_MAX + 1)
+    odd.write_bytes(quote)
+    (good,) = written(tmp_path, {"quote": quote})
+    many = [good] * (FILES_MAX + 1)
+    for files in (
+        [str(tmp_path)],
+        ["/proc/self/mem"],
+        [str(huge)],
+        many,
+        [str(tmp_path / "none")],
+        [good, str(tmp_path)],
+    ):
+        for form in ([], ["--json"], ["-q"]):
+            result = run("attest", "verify", *files, *form)
+            assert result.exit_code == 2, (files, result.output)
+            assert "internal.error" not in result.output
+    for form in ([], ["--json"], ["-v"]):
+        assert run("attest", "verify", str(odd), *form).exit_code == 1
+        assert run("attest", "verify", str(odd), "--reference", str(odd), *form).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "moment", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "9" * 5000, "-1", "²", "nan"]
+)
+def test_times_that_no_clock_shows(run: Run, tmp_path: Path, moment: str) -> None:
+    (path,) = written(tmp_path, {"quote": TpmRig().quote()})
+    result = run("attest", "verify", path, "--at", moment, "--json")
+    assert (result.exit_code, json.loads(result.stdout)["code"]) == (2, "usage.argument")
+
+
+def test_files_cut_changed_and_thrown_together_never_crash_it(run: Run, tmp_path: Path) -> None:
+    """Every kind, mutated and in any company, among the evidence, the collateral and the reference values."""
+    chance = random.Random(9)
+    sets = [DcapRig(version=3).files(), DcapRig(version=5).files(), SnpRig().files(), TpmRig(leave_out=()).files()]
+    whole = [data for files in sets for data in files.values()]
+    seen = set()
+    for number in range(150):
+        files = dict(chance.choice(sets))
+        for name in chance.sample(sorted(files), chance.randint(0, 2)):
+            files[name] = mutated(files[name], chance)
+        for extra in range(chance.randint(0, 2)):
+            files[f"extra{extra}"] = chance.choice(whole)
+        paths = written(tmp_path, files)
+        chance.shuffle(paths)
+        words = [*paths[:-1], "--collateral", paths[-1]] if len(paths) > 1 else paths
+        if number % 10 == 0:
+            words += ["--reference", chance.choice(paths)]
+        result = run("attest", "verify", *words, "--at", AT, *chance.choice(([], ["--json"], ["-v"], ["-q"])))
+        seen.add(result.exit_code)
+        assert result.exit_code in {0, 1, 2}, (number, result.output, result.exception)
+        assert "internal.error" not in result.output, (number, result.output)
+        for path in paths:
+            Path(path).unlink()
+    assert seen >= {1, 2}
+
+
+def mutated(data: bytes, chance: random.Random) -> bytes:
+    at = chance.randrange(len(data))
+    return chance.choice(
+        [
+            data[:at],
+            data[at:],
+            data + data,
+            data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :],
+            data[:at] + chance.randbytes(8) + data[at + 8 :],
+            data[:at] + b"\xff" * 4 + data[at + 4 :],
+        ]
+    )
 
 
 def test_misuse_exits_with_2(run: Run, tmp_path: Path) -> None:

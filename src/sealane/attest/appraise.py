@@ -23,6 +23,8 @@ from sealane.crypto.signatures import KeyMalformed, parse_public_key
 from sealane.errors import EvidenceError
 
 FILES_MAX: Final = 64
+# One log as large as any may be, and as much again: what is parsed takes some times as much memory.
+TOTAL_BYTES_MAX: Final = 2 * EVIDENCE_BYTES_MAX
 _Thing = TypeVar("_Thing")
 
 
@@ -42,6 +44,7 @@ class Material:
     statements: list[tuple[str, software.SoftwareStatement]] = field(default_factory=list)
     collateral: Collateral = field(default_factory=Collateral)
     kinds: list[tuple[str, str]] = field(default_factory=list)
+    total_bytes: int = 0
 
     def add(self, name: str, data: bytes) -> str:
         """Recognise and parse one file; gives its kind. Raises EvidenceError."""
@@ -49,6 +52,9 @@ class Material:
             raise EvidenceError("attest.too-large", f"{name}: {len(data)} bytes")
         if len(self.kinds) >= FILES_MAX:
             raise EvidenceError("attest.too-large", f"more than {FILES_MAX} files")
+        self.total_bytes += len(data)
+        if self.total_bytes > TOTAL_BYTES_MAX:
+            raise EvidenceError("attest.too-large", f"{name} and the files before it: {self.total_bytes} bytes")
         for kind, looks, take in _KINDS:
             if looks(data):
                 told = take(self, name, data) or kind
@@ -176,7 +182,9 @@ def _public_key(material: Material, name: str, data: bytes) -> None:
 
 
 def _looks_like_pki(data: bytes) -> bool:
-    return data[:2] in {b"\x30\x82", b"\x30\x81", b"\x30\x59", b"\x30\x76"} or b"-----BEGIN " in data[:4096]
+    """DER, or PEM with nothing but text in front: quotes hold PEM too, and one of an unknown version is no certificate."""
+    before, begin, _ = data[:4096].partition(b"-----BEGIN ")
+    return data[:2] in {b"\x30\x82", b"\x30\x81", b"\x30\x59", b"\x30\x76"} or bool(begin and b"\0" not in before)
 
 
 _Take: TypeAlias = Callable[[Material, str, bytes], str | None]

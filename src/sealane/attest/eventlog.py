@@ -41,6 +41,12 @@ _DATA_IS_MEASURED: Final = {
     EV_EFI_GPT_EVENT,
     EV_EFI_ACTION,
 }
+# The types that the profile and its predecessors (TCG 1.2) define.
+_LAST_EVENT: Final = 0x14
+_FIRST_EFI_EVENT: Final = 0x80000001
+_LAST_EFI_EVENT: Final = 0x800000E7
+# What firmware writes as the PCR of some events that extend nothing.
+_NO_PCR: Final = 0xFFFFFFFF
 _SPEC_ID: Final = b"Spec ID Event03\0"
 _STARTUP_LOCALITY: Final = b"StartupLocality\0"
 
@@ -104,8 +110,8 @@ def looks_like_event_log(data: bytes) -> bool:
     size = int.from_bytes(data[28:32], "little")
     if data[32:48] == _SPEC_ID and pcr == 0 and kind == EV_NO_ACTION:
         return True
-    first = kind in {EV_NO_ACTION, EV_S_CRTM_VERSION, 0x01, 0x07, 0x0D, 0x80000008, 0x8000000A}
-    return pcr < 8 and first and size <= len(data) - 32 and not data.startswith(bytes(16))
+    known = kind <= _LAST_EVENT or _FIRST_EFI_EVENT <= kind <= _LAST_EFI_EVENT
+    return pcr < PCRS and known and size <= len(data) - 32 and not data.startswith(bytes(16))
 
 
 def parse_event_log(data: bytes) -> EventLog:
@@ -152,7 +158,7 @@ def _agile_event(reader: Reader, sizes: Mapping[int, tuple[str, int]]) -> Event:
 
 def _head(reader: Reader) -> tuple[int, int]:
     pcr, kind = reader.number(4), reader.number(4)
-    if pcr >= PCRS:
+    if pcr >= PCRS and (pcr, kind) != (_NO_PCR, EV_NO_ACTION):
         raise reader.malformed(f"there is no PCR {pcr}")
     return pcr, kind
 

@@ -1,4 +1,5 @@
-"""Linux's runtime measurement log (IMA): the ASCII and the binary form, templates ima, ima-ng, ima-sig and ima-buf.
+"""Linux's runtime measurement log (IMA): the ASCII and the binary form, templates ima, ima-ng, ima-sig, ima-buf, and of the first
+two of the latter the second version, which also says whether a digest is the file's or fs-verity's.
 
 A line is `PCR template-digest template fields…`. The template digest is over the encoded fields; every bank of the TPM is
 extended with that bank's digest over the same fields (kernels from 5.8 on), or with the SHA-1 digest padded with zeros.
@@ -18,11 +19,13 @@ from sealane.errors import EvidenceError
 ENTRIES_MAX: Final = 2_000_000
 NAME_BYTES_MAX: Final = 4096 + 256  # PATH_MAX, and what the kernel puts around it
 FIELD_BYTES_MAX: Final = 1024 * 1024
-TEMPLATES: Final = {"ima": 2, "ima-ng": 2, "ima-sig": 3, "ima-buf": 3}
+TEMPLATES: Final = {"ima": 2, "ima-ng": 2, "ima-sig": 3, "ima-buf": 3, "ima-ngv2": 2, "ima-sigv2": 3}
+_OF_THE_FILE: Final = "ima:"  # in front of the algorithm, in the second version
 _DIGESTS: Final = {20: "sha1", 32: "sha256", 48: "sha384", 64: "sha512"}
 _PCRS: Final = range(8, 15)  # CONFIG_IMA_MEASURE_PCR_IDX; those below are the firmware's
 _IMA_NAME_BYTES: Final = 256  # IMA_EVENT_NAME_LEN_MAX and its NUL, in the template `ima`
-_LINE: Final = re.compile(rb"^\s*\d{1,2} [0-9a-f]{40,128} (ima|ima-ng|ima-sig|ima-buf) ")
+_LINE: Final = re.compile(rb"^\s*\d{1,2} [0-9a-f]{40,128} (ima|ima-ng|ima-sig|ima-buf|ima-ngv2|ima-sigv2) ")
+_NAME_STARTS: Final = tuple(4 + size + 4 for size in _DIGESTS)  # where a binary log has the first template's name
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,13 @@ class ImaEntry:
 
     @property
     def label(self) -> str:
-        """The file's digest as reference values have it."""
-        return f"{self.algorithm}:{self.file_digest.hex()}"
+        """The file's digest as reference values have it: `sha256:…`, or `verity:sha256:…`."""
+        return f"{self.algorithm.removeprefix(_OF_THE_FILE)}:{self.file_digest.hex()}"
+
+    @property
+    def hash_name(self) -> str:
+        """The hash alone."""
+        return self.algorithm.rpartition(":")[2]
 
     def extended(self, algorithm: str, *, padded: bool) -> bytes:
         """What this entry extends the bank `algorithm` with."""
@@ -100,10 +108,17 @@ def parse_ima_log(data: bytes) -> ImaLog:
 
 
 def _looks_binary(data: bytes) -> bool:
-    if len(data) < 32:
-        return False
-    pcr, size = int.from_bytes(data[:4], "little"), int.from_bytes(data[24:28], "little")
-    return pcr < 24 and 3 <= size <= 8 and data[28 : 28 + size] in {name.encode() for name in TEMPLATES}
+    return int.from_bytes(data[:4], "little") < 24 and _digest_size(data) is not None
+
+
+def _digest_size(data: bytes) -> int | None:
+    """How long the template digests of a binary log are: SHA-1, or those of the bank whose log it is (Linux 6.10)."""
+    names = {name.encode() for name in TEMPLATES}
+    for start in _NAME_STARTS:
+        size = int.from_bytes(data[start - 4 : start], "little")
+        if 3 <= size <= 9 and data[start : start + size] in names:
+            return start - 8
+    return None
 
 
 def _parse_ascii(data: bytes) -> list[ImaEntry]:
@@ -165,16 +180,17 @@ def _entry(
 
 def _parse_binary(data: bytes) -> list[ImaEntry]:
     reader = Reader(data, "IMA log")
+    digest_size = _digest_size(data) or 20
     entries: list[ImaEntry] = []
     while reader.left:
         if len(entries) >= ENTRIES_MAX:
             raise EvidenceError("attest.too-large", f"IMA log: more than {ENTRIES_MAX} entries")
-        entries.append(_binary_entry(reader))
+        entries.append(_binary_entry(reader, digest_size))
     return entries
 
 
-def _binary_entry(reader: Reader) -> ImaEntry:
-    pcr, digest = reader.number(4), reader.take(20)
+def _binary_entry(reader: Reader, digest_size: int) -> ImaEntry:
+    pcr, digest = reader.number(4), reader.take(digest_size)
     template = reader.counted(4, 16).decode("ascii", "replace")
     if template not in TEMPLATES:
         raise reader.malformed("a template that is not known")

@@ -241,7 +241,7 @@ def _judge_reference(expected: TpmReference, values: Mapping[str, Mapping[int, b
         return
     for bank, pcrs in wanted.items():
         for index, choices in pcrs.items():
-            value = values.get(bank, {}).get(int(index)) if index.isdigit() else None
+            value = values.get(bank, {}).get(int(index))
             if value is None:
                 findings.add("reference.mismatch", f"PCR {index} of {bank} is expected and not in the evidence")
             elif value.hex() not in choices:
@@ -311,12 +311,12 @@ def _judge_aggregate(log: ImaLog, boot_log: EventLog | None, findings: Findings)
     if first is None:
         findings.add("ima.boot-aggregate", "the IMA log does not begin with boot_aggregate")
         return
-    if boot_log is None or first.algorithm not in boot_log.algorithms or first.violation:
+    if boot_log is None or first.hash_name not in boot_log.algorithms or first.violation:
         return  # both PCRs are in one quote, which ties them as well
-    values = boot_log.replay(first.algorithm)
-    size = hashlib.new(first.algorithm).digest_size
+    values = boot_log.replay(first.hash_name)
+    size = hashlib.new(first.hash_name).digest_size
     aggregates = {
-        hashlib.new(first.algorithm, b"".join(values.get(pcr, bytes(size)) for pcr in range(last))).digest()
+        hashlib.new(first.hash_name, b"".join(values.get(pcr, bytes(size)) for pcr in range(last))).digest()
         for last in (8, 10)
     }
     if first.file_digest not in aggregates:
@@ -332,7 +332,7 @@ def _judge_entries(log: ImaLog, count: int, reference: Reference, findings: Find
     if violations:
         findings.add("ima.violation", f"files were written while they were measured: {_some(violations)}")
     files = [entry for entry in entries if not entry.violation and entry.name != "boot_aggregate"]
-    weak = [entry.name for entry in files if entry.algorithm in _WEAK]
+    weak = [entry.name for entry in files if entry.hash_name in _WEAK]
     if weak:
         findings.add("ima.weak-digest", f"files were measured with SHA-1 or MD5: {_some(weak)}")
     if reference.ima is None:

@@ -1,9 +1,9 @@
-"""SGX quotes (version 3) and TDX quotes (versions 4 and 5), little-endian (Intel's ECDSA quote formats).
+"""SGX quotes (version 3) and quotes of either TEE (versions 4 and 5), little-endian (Intel's ECDSA quote formats).
 
     0        48                     body                                     signature data
     +--------+--------+-------------------------------------------+--------+------------------------+
     | header | v5:    | v3: enclave report 384                    | u32    | signature 64, key 64,  |
-    | 48     | type 2 | v4: TD report 1.0 584                     | length | (v4+: type 6, u32)     |
+    | 48     | type 2 | v4: by TEE type 384 (SGX) or 584 (TDX)    | length | (v4+: type 6, u32)     |
     |        | size 4 | v5: by type 384 (1), 584 (2), 648 (3)     |        | QE report 384, sig 64, |
     +--------+--------+-------------------------------------------+--------+ auth data, type 5 PEM  |
     |<----------------- signed by the attestation key ----------->|        +------------------------+
@@ -157,7 +157,7 @@ def _read_body(reader: Reader, version: int, tee: int) -> EnclaveReport | TdRepo
         if sizes.get(kind) != size:
             raise reader.malformed(f"a body of the type {kind} and {size} bytes")
     else:
-        kind, size = (1, ENCLAVE_REPORT_BYTES) if version == 3 else (2, TD_REPORT_10_BYTES)
+        kind, size = (1, ENCLAVE_REPORT_BYTES) if version == 3 or tee == TEE_SGX else (2, TD_REPORT_10_BYTES)
     if (kind == 1) != (tee == TEE_SGX):
         raise reader.malformed(f"a body of the type {kind} for the TEE type {tee:#x} in version {version}")
     raw = reader.take(size)

@@ -26,6 +26,7 @@ _CURVES: Final = {0x0003: "P-256", 0x0004: "P-384"}
 _AK_SET: Final = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 18
 _AK_CLEAR: Final = 1 << 17
 _BANKS_MAX: Final = 16
+_INDEXES: Final = frozenset(map(str, range(24)))
 
 
 @dataclass(frozen=True)
@@ -166,10 +167,9 @@ def parse_pcr_values(data: bytes) -> PcrValues | None:
     for bank, values in value["pcrs"].items():
         if bank not in HASHES.values() or not isinstance(values, dict):
             raise EvidenceError("attest.malformed", f"PCR values: no bank {bank[:20]!r}")
-        numbered = {index: text for index, text in values.items() if index.isascii() and index.isdigit()}
-        if len(numbered) != len(values) or any(int(index[:4]) >= 24 for index in numbered):
+        if set(values) - _INDEXES:
             raise EvidenceError("attest.malformed", "PCR values: an index that is not 0 to 23")
-        banks[bank] = {int(index): parse_hex(text, f"PCR {index}") for index, text in numbered.items()}
+        banks[bank] = {int(index): parse_hex(text, f"PCR {index}") for index, text in values.items()}
     return PcrValues(banks)
 
 
