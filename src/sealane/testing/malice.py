@@ -2,7 +2,8 @@
 
 It is `sealane agent …`; its enclaves and its quoting process are the real ones with a few methods wrapped, as whoever owns a
 host can have them, except that the log of this host does not tell. FILE holds the name of the lie that is told next, one of
-`LIES`, or nothing; it is read for each enclave and each piece of evidence. What the host cannot do is what its TPM does not do.
+`LIES`, or `relay` and the words that `sealane.testing.relay` wants, or nothing; it is read for each enclave and each piece of
+evidence. What the host cannot do is what its TPM does not do.
 """
 
 import functools
@@ -19,8 +20,9 @@ from typing import Any, Final
 from sealane.enclave.sandbox import Sandbox
 from sealane.session.attestation import Attestation, Conversation, Round, Send
 from sealane.session.exchange import SEED_BYTES, AttestMessage, AttestReader, End, MessageKind
+from sealane.testing.relay import encode_asked, fetch_evidence
 
-_NAME_BYTES_MAX: Final = 64
+_WORDS_BYTES_MAX: Final = 512
 _STALE: Final = b"\x05" * 32
 _OTHER_MIGRATION: Final = b"\x06" * 16
 
@@ -30,11 +32,12 @@ class Lie:
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.name = ""
+        self.name, self.words = "", [""]
 
     def refresh(self) -> str:
         """Read it anew."""
-        self.name = os.pread(self._descriptor, _NAME_BYTES_MAX, 0).decode().strip()
+        self.words = os.pread(self._descriptor, _WORDS_BYTES_MAX, 0).decode().split() or [""]
+        self.name = self.words[0]
         return self.name
 
 
@@ -102,6 +105,8 @@ def _in_the_enclave(lie: Lie) -> None:
         return receive(self, message)
 
     def lying_report_data(self: Round, role: Any) -> bytes:
+        if lie.name == "relay" and role is self.role:  # not to be quoted, but what the other host shall be asked with
+            return encode_asked(self._conversation.migration, self.peer_nonce, self._need_subject().epoch)
         if lie.name != "quoted-for-another-migration" or role is not self.role:
             return quoted(self, role)
         true = self._conversation
@@ -126,6 +131,8 @@ def _in_the_quoting_process(lie: Lie) -> None:
 
     def lying_evidence(self: Platform, user_data: bytes) -> dict[str, bytes]:
         name = lie.refresh()
+        if name == "relay":
+            return {**evidence(self, user_data), **fetch_evidence(self.configuration, user_data, lie.words[1:])}
         if name == "replayed-quote" and kept:
             return kept
         if name == "another-channel":  # all that a relay has: this host's own true evidence, for another channel
