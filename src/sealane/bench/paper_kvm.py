@@ -38,8 +38,8 @@ from sealane.testing.problems import RigError
 from sealane.testing.qemu import find_qemu
 
 NAME: Final = "paper-kvm"
-_FILL: Final = 5  # the guest's own data: a fifth of its memory
-_LOAD_MIB, _LOAD_PERCENT = 16, 40
+_FILL: Final = 6  # the guest's own data: a sixth of its memory
+_LOAD_MIB, _LOAD_PERCENT = 12, 40
 _EVERY_S, _WINDOW = 0.1, 3
 _CONVERGE_S: Final = 60.0
 _PERMIT_ALL: Final = '@id("bench") permit (principal, action, resource);'
@@ -161,7 +161,7 @@ def _machine(tunnels: dict[str, Any]) -> dict[str, str]:
         "QEMU": f"{'.'.join(map(str, qemu.version))}, {choose_accel('auto', qemu).name}",
         "processor": f"{cpu_model()}, {os.cpu_count()} of them",
         "host kernel": platform.release(),
-        "guest": f"one processor; a fifth of its memory filled; {load}",
+        "guest": f"one processor; a sixth of its memory filled; {load}",
     }
     return found | ({"ssh": f"{tunnels['version']}, {tunnels['cipher']}"} if tunnels else {})
 
