@@ -485,6 +485,15 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
             "on the destination QEMU needs userfaultfd: run it as root, let it open /dev/userfaultfd, or set "
             "vm.unprivileged_userfaultfd=1 there (`sealane doctor` looks)",
         ),
+        "check.disks": Entry(
+            "the domain has a disk that Sealane does not let libvirt copy",
+            "copied are files, raw or qcow2; mark a disk that both hosts reach <shareable/>, or detach it for the move",
+        ),
+        "check.volume": Entry(
+            "the destination cannot make the file for a disk that is copied",
+            "Sealane makes the files itself, in the directories of `storage_directories` in agent.toml there, and never writes "
+            "over one that is there: move it away, or make room",
+        ),
         "check.free-memory": Entry(
             "the destination has too little free memory", "free some there, or choose another host"
         ),

@@ -181,6 +181,10 @@ RPC_MESSAGE_MAX: Final = 4 * MIB
 RPC_PARAMETERS_MAX: Final = 64
 # Calls that wait for libvirtd's reply: a migration makes one after the other.
 RPC_CALLS_WAITING_MAX: Final = 8
+# Disks of a domain that are copied; each takes a lane of its own.
+COPIED_DISKS_MAX: Final = 8
+# Making an image for one: qcow2's tables of some TiB are written within a second.
+IMAGE_TIMEOUT_S: Final = 30.0
 # How long libvirtd may take to answer what needs no work, and how often a job's end is looked for.
 LIBVIRT_TIMEOUT_S: Final = 10.0
 LIBVIRT_POLL_S: Final = 0.05

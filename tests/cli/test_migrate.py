@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,6 +94,20 @@ def test_no_multifd_is_zero_channels(agent: StandIn, run: Run) -> None:
     run("migrate", "web01", "host-b", "--no-multifd")
     assert agent.requests[0].multifd_channels == 0
     assert run("migrate", "web01", "host-b", "--no-multifd", "--multifd", "2").exit_code == 2
+
+
+def test_disks_are_told_apart(agent: StandIn, run: Run) -> None:
+    disks: dict[str, Any] = {
+        "disk_bytes_total": 8 << 30,
+        "disk_bytes_transferred": 2 << 30,
+        "disk_bytes_remaining": 6 << 30,
+    }
+    agent.script = [copying(progress=Progress(bytes_wire=2 << 30, **disks)), completed()]
+    result = run("migrate", "web01", "host-b", "--copy-storage", "inc")
+    assert agent.requests[0].copy_storage == "inc"
+    assert "25 %" in result.stdout
+    assert "2 GiB of 8 GiB of disks" in result.stdout
+    assert run("migrate", "web01", "host-b", "--copy-storage", "some").exit_code == 2
 
 
 def test_refused_before_anything_moved(agent: StandIn, run: Run) -> None:

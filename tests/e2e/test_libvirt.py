@@ -2,22 +2,23 @@
 
 import json
 import signal
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sealane.errors import SealaneError
-from sealane.host.models import Migration, MigrationRequest
+from sealane.host.models import Migration
 from sealane.libvirt.domains import METADATA_NAMESPACE
 from sealane.session.preface import PREFACE_BYTES, ConnectionKind, parse_preface
-from sealane.testing.libvirt import DomainSpec, LibvirtHost, LibvirtPair, libvirtd_works, make_libvirt_pair
+from sealane.testing.libvirt import DomainSpec, libvirtd_works, make_libvirt_pair
 from sealane.testing.machine import Hardware, Workload
 from sealane.testing.pair import AgentHost
 from sealane.testing.plainlibvirt import flip_bit_at, lose_the_answer_to_finish, migrate_plainly
-from sealane.testing.wiretap import CutConnection, Direction, Tamper, Wiretap, flip_bit
+from sealane.testing.wiretap import CutConnection, Direction, flip_bit
+from tests.e2e.domains import MIB, SLOWLY, DomainRig
 from tests.e2e.test_policy import policy
 
 pytestmark = [
@@ -25,82 +26,8 @@ pytestmark = [
     pytest.mark.skipif(not libvirtd_works(), reason="two libvirtd need root and Debian's libvirt-daemon-driver-qemu"),
 ]
 
-MIB = 1 << 20
-SLOWLY = {"max_bandwidth_bytes_per_s": 8 * MIB}
-During = Callable[[Migration], object]
 METADATA = f"<sealane:vm xmlns:sealane='{METADATA_NAMESPACE}' least-level='1'><sealane:label name='tier' value='web'/></sealane:vm>"
 SPEC = DomainSpec(name="web", hardware=Hardware(memory_mib=192), workload=Workload(fill_mib=32), metadata=METADATA)
-
-
-@dataclass
-class Rig:
-    """A domain that lives on `home`; a migration that succeeds exchanges the hosts."""
-
-    hosts: LibvirtPair
-    home: AgentHost
-    away: AgentHost
-    wire: list[int] = field(default_factory=list)
-
-    def libvirt(self, end: AgentHost) -> LibvirtHost:
-        return next(each for each in self.hosts.libvirts if each.host is end.host)
-
-    def migrate(self, *tampers: Tamper, during: During | None = None, **options: object) -> Migration:
-        """Try it; with tampers, over a wire that does that to the bytes. `during` is called once when it copies."""
-        request = MigrationRequest.model_validate({"vm": SPEC.name, "host": self.away.name, **options})
-        target = (self.away.host.address, self.away.host.port)
-        with Wiretap(target, tampers=tampers, host=self.home.host) as wire, self.home.client() as client:
-            self.lead_through(*wire.address)
-            last = client.start_migration(request)
-            for event in client.events(last.id):
-                last = event.migration
-                if during is not None and last.state == "copying" and last.progress.bytes_transferred:
-                    during(last)
-                    during = None
-        if last.state == "completed":
-            self.home, self.away = self.away, self.home
-        return last
-
-    def lead_through(self, address: str, port: int) -> None:
-        """The way from `home` to `away`."""
-        with self.home.client() as client:
-            client.remove_peer(self.away.name)
-        self.home.trust(self.away, address=address, port=port)
-
-    def states(self) -> dict[str, str]:
-        """What each libvirtd says of the domain."""
-        found = {}
-        for each in self.hosts.libvirts:
-            found[each.host.name] = each.virsh("domstate", SPEC.name, check=False).strip() or "absent"
-        return found
-
-    def assert_here(self) -> None:
-        """The domain runs on `home` and nowhere else, and its guest goes on."""
-        deadline = time.monotonic() + 15.0
-        while (states := self.states())[self.away.name] not in {"absent", "shut off"} and time.monotonic() < deadline:
-            # it never runs: its agent is about to destroy it, and libvirtd shows a domain so whose QEMU it is ending
-            assert states[self.away.name] in {"paused", "in shutdown"}
-            time.sleep(0.1)
-        assert states[self.home.name] == "running"
-        assert states[self.away.name] in {"absent", "shut off"}
-        SPEC.wait_ticks(self.libvirt(self.home), 2)
-
-    def assert_aborted(self, migration: Migration, code: str) -> None:
-        assert (migration.state, migration.runs_at) == ("aborted", "source"), migration
-        assert migration.problem is not None
-        assert migration.problem.code == code, migration.problem
-        self.assert_here()
-        self.assert_tidy()
-
-    def assert_tidy(self) -> None:
-        """No socket of a migration is left; the agents' jobs may still be at it."""
-        deadline = time.monotonic() + 15.0
-        while (left := self.left_over()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not left
-
-    def left_over(self) -> list[Path]:
-        places = (each.socket.parents[1] / "sealane-migrate" for each in self.hosts.libvirts)
-        return [path for place in places for path in place.glob("*")]
 
 
 @dataclass
@@ -124,21 +51,21 @@ class LibvirtsAnswers:
 
 
 @pytest.fixture(scope="module")
-def moving() -> Iterator[Rig]:
+def moving() -> Iterator[DomainRig]:
     with make_libvirt_pair() as hosts:
         hosts.start_domain(SPEC, hosts.libvirts[0], persistent=True)
-        yield Rig(hosts, hosts.pair.a, hosts.pair.b)
+        yield DomainRig(hosts, hosts.pair.a, hosts.pair.b, SPEC)
 
 
 @pytest.fixture(autouse=True)
-def _show(moving: Rig) -> Iterator[None]:
+def _show(moving: DomainRig) -> Iterator[None]:
     yield
     for end in (moving.home, moving.away):
         if end.agent:
             print(f"--- {end.name}\n{end.agent.output[-3000:]}")
 
 
-def test_domains_are_vms_with_the_labels_of_their_metadata(moving: Rig) -> None:
+def test_domains_are_vms_with_the_labels_of_their_metadata(moving: DomainRig) -> None:
     with moving.home.client() as client:
         (vm,) = client.vms()
     assert (vm.name, vm.driver, vm.source, vm.state) == (SPEC.name, "libvirt", "libvirt", "running")
@@ -147,7 +74,7 @@ def test_domains_are_vms_with_the_labels_of_their_metadata(moving: Rig) -> None:
 
 
 @pytest.mark.parametrize("refusing", ["home", "away"])
-def test_a_policy_on_the_label_refuses_before_the_domain_stops(moving: Rig, refusing: str) -> None:
+def test_a_policy_on_the_label_refuses_before_the_domain_stops(moving: DomainRig, refusing: str) -> None:
     rule = 'permit (principal, action, resource); forbid (principal, action, resource in Label::"tier=web");'
     with policy(getattr(moving, refusing), rule):
         refused = moving.migrate()
@@ -156,7 +83,7 @@ def test_a_policy_on_the_label_refuses_before_the_domain_stops(moving: Rig, refu
 
 
 @pytest.mark.parametrize("channels", [0, 2])
-def test_a_domain_moves_through_the_lanes_and_goes_on(moving: Rig, channels: int) -> None:
+def test_a_domain_moves_through_the_lanes_and_goes_on(moving: DomainRig, channels: int) -> None:
     moved = moving.migrate(multifd_channels=channels, undefine_source=True)
     assert (moved.state, moved.runs_at, moved.multifd_channels) == ("completed", "destination", channels), moved
     moving.assert_here()
@@ -170,12 +97,12 @@ def test_a_domain_moves_through_the_lanes_and_goes_on(moving: Rig, channels: int
     assert (arrived.state, arrived.epoch, arrived.labels) == ("running", moved.epoch, {"tier": "web"})
 
 
-def test_one_flipped_bit_ends_it_and_the_domain_runs_on(moving: Rig) -> None:
+def test_one_flipped_bit_ends_it_and_the_domain_runs_on(moving: DomainRig) -> None:
     flipped = moving.migrate(flip_bit("forward", offset=8 * MIB), multifd_channels=0)
     moving.assert_aborted(flipped, "lane.integrity")
 
 
-def test_a_cancel_leaves_the_domain_where_it_is(moving: Rig) -> None:
+def test_a_cancel_leaves_the_domain_where_it_is(moving: DomainRig) -> None:
     def cancel(migration: Migration) -> None:
         with moving.home.client() as client:
             client.cancel(migration.id)
@@ -183,7 +110,7 @@ def test_a_cancel_leaves_the_domain_where_it_is(moving: Rig) -> None:
     moving.assert_aborted(moving.migrate(during=cancel, multifd_channels=0, **SLOWLY), "migration.cancelled")
 
 
-def test_the_answer_to_finish_is_lost_and_one_copy_runs(moving: Rig) -> None:
+def test_the_answer_to_finish_is_lost_and_one_copy_runs(moving: DomainRig) -> None:
     """What makes two running domains of plain libvirt: its connection dies after Finish, before the answer."""
     answers = LibvirtsAnswers()
     moved = moving.migrate(answers, multifd_channels=0, undefine_source=True)
@@ -193,7 +120,35 @@ def test_the_answer_to_finish_is_lost_and_one_copy_runs(moving: Rig) -> None:
     moving.assert_aborted(cut, "lane.truncated")
 
 
-def test_virsh_migrates_through_an_open_lane(moving: Rig) -> None:
+@pytest.mark.parametrize("status", [1, 0])
+def test_the_hook_is_asked_while_the_domain_is_paused_at_both_ends(
+    moving: DomainRig, status: int, tmp_path: Path
+) -> None:
+    """A hook that says no leaves the domain where it was."""
+    seen = tmp_path / "states"
+    asking = " ".join(f"virsh -q -c '{each.uri}' domstate {SPEC.name} >>{seen};" for each in moving.hosts.libvirts)
+    hook = ["sh", "-c", f"{asking} echo no; exit {status}"]
+    moved = moving.migrate(multifd_channels=0, undefine_source=True, switchover_hook=hook)
+    assert seen.read_text().split() == ["paused", "paused"]
+    if status:
+        moving.assert_aborted(moved, "migration.hook-failed")
+    else:
+        assert moved.state == "completed", moved
+        moving.assert_here()
+
+
+def test_what_no_domain_can_do_is_refused_before_it_stops(moving: DomainRig) -> None:
+    refusals: dict[str, dict[str, Any]] = {
+        "check.postcopy": {"on_stall": "postcopy"},
+        "usage.argument": {"copy_storage": "all", "client": "other"},
+    }
+    for code, options in refusals.items():
+        refused = moving.migrate(**options)
+        moving.assert_aborted(refused, code)
+        assert refused.progress.bytes_wire == 0
+
+
+def test_virsh_migrates_through_an_open_lane(moving: DomainRig) -> None:
     home, away = moving.home, moving.away
     moving.lead_through(away.host.address, away.host.port)
     opened = home.host.start(*home.program, "--json", "lane", "open", SPEC.name, away.name)
@@ -208,7 +163,7 @@ def test_virsh_migrates_through_an_open_lane(moving: Rig) -> None:
     moving.assert_tidy()
 
 
-def test_plain_libvirt_lets_both_run_and_does_not_see_the_flipped_bit(moving: Rig) -> None:
+def test_plain_libvirt_lets_both_run_and_does_not_see_the_flipped_bit(moving: DomainRig) -> None:
     """The same two faults without Sealane, so that what the tests above show is no accident of the rig."""
     first, second = moving.hosts.libvirts
     spec = replace(SPEC, name="plain", metadata="")
@@ -229,7 +184,7 @@ def test_plain_libvirt_lets_both_run_and_does_not_see_the_flipped_bit(moving: Ri
 
 
 @pytest.mark.parametrize("dying", ["home", "away"])
-def test_an_agent_is_killed_in_mid_copy(moving: Rig, dying: str) -> None:
+def test_an_agent_is_killed_in_mid_copy(moving: DomainRig, dying: str) -> None:
     end: AgentHost = getattr(moving, dying)
 
     def kill(migration: Migration) -> None:

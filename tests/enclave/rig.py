@@ -215,8 +215,9 @@ class Pair:
         self.begin(self.destination, there)
         return self.source.until(PeerEstablished), self.destination.until(PeerEstablished)
 
-    def open_lanes(self, count: int, between: Between | None = None) -> None:
-        """Lanes are open, and a stand-in for the source's QEMU has dialled each. `between` sits on lane 0's network."""
+    def open_lanes(self, count: int, between: Between | None = None, *, attached: int = 0) -> None:
+        """Lanes are open, and a stand-in for the source's QEMU has dialled each but the last `attached`. `between` sits on
+        lane 0's network."""
         listener = socket.socket(socket.AF_UNIX)
         path = str(self.directory / "out.sock")
         listener.bind(path)
@@ -227,7 +228,7 @@ class Pair:
         lanes = self.destination.until(LaneTokens).lanes
         tokens = {int(lane): bytes.fromhex(token) for token, lane in lanes.items()}
         assert len(tokens) == count
-        self.source.call(OpenLanes(), listener, *(end for end, _ in ends))
+        self.source.call(OpenLanes(attached=attached), listener, *(end for end, _ in ends))
         for lane, (_, there) in enumerate(ends):
             preface = parse_preface(receive_exactly(there, PREFACE_BYTES))
             assert preface == Preface(ConnectionKind.LANE, tokens[lane], lane)
@@ -238,7 +239,7 @@ class Pair:
             self.destination.call(AcceptLane(lane), arriving)
         self.source.until(LanesOpen)
         self.destination.until(LanesOpen)
-        for lane in range(count):
+        for lane in range(count - attached):
             vm = socket.socket(socket.AF_UNIX)
             vm.settimeout(PATIENCE_S)
             vm.connect(path)

@@ -14,6 +14,7 @@ from sealane.crypto.tls import TlsConnection
 from sealane.enclave.interface import (
     Abort,
     AcceptLane,
+    AttachVm,
     Counters,
     ExpectLanes,
     Failed,
@@ -27,7 +28,7 @@ from sealane.enclave.interface import (
 from sealane.limits import CHANNEL_MESSAGE_MAX
 from sealane.seal.records import OVERHEAD_BYTES
 from sealane.session.channel import FrameKind, encode_frame
-from tests.enclave.rig import Pair, open_descriptors, passing, receive_exactly, tcp_pair, two_enclaves
+from tests.enclave.rig import Enclave, Pair, open_descriptors, passing, receive_exactly, tcp_pair, two_enclaves
 from tests.session.rig import DESTINATION, SOURCE, STRANGER, SUBJECT, hello_of
 
 
@@ -141,6 +142,38 @@ def test_lanes_that_carried_nothing_close_too(pair: Pair) -> None:
         vm.shutdown(socket.SHUT_WR)
     assert pair.source.until(LanesClosed).digest == pair.destination.until(LanesClosed).digest
     finish(pair)
+
+
+def attach_at(enclave: Enclave, lane: int) -> socket.socket:
+    mine, theirs = socket.socketpair()
+    mine.settimeout(20)
+    enclave.call(AttachVm(lane), theirs)
+    return mine
+
+
+def test_a_lane_that_is_attached_at_the_source_waits_with_what_the_destination_says_first(pair: Pair) -> None:
+    """As NBD does, which copies disks."""
+    pair.meet()
+    pair.open_lanes(2, attached=1)
+    pair.vms[0][0].sendall(b"x")
+    pair.attach(lanes=1)
+    server = attach_at(pair.destination, 1)
+    server.sendall(b"NBDMAGIC")
+    client = attach_at(pair.source, 1)
+    assert receive_exactly(client, 8) == b"NBDMAGIC"
+    client.sendall(b"write")
+    assert receive_exactly(server, 5) == b"write"
+    for vm in (*pair.vms[0], client, server):
+        vm.shutdown(socket.SHUT_WR)
+    assert pair.source.until(LanesClosed).digest == pair.destination.until(LanesClosed).digest
+    finish(pair)
+
+
+def test_a_lane_of_the_listeners_is_not_attached(pair: Pair) -> None:
+    pair.meet()
+    pair.open_lanes(2, attached=1)
+    attach_at(pair.source, 0)
+    assert pair.source.until(Failed).code == "internal.error"
 
 
 # ---- how they end

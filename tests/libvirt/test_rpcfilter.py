@@ -232,6 +232,51 @@ def test_disks_go_where_it_was_agreed_and_nowhere_else() -> None:
     )
 
 
+DISK = "<disk type='file' device='disk'><source file='/images/a.raw'/><target dev='vda'/></disk>"
+
+
+@pytest.mark.parametrize(
+    "disks",
+    [
+        "",
+        DISK.replace("a.raw", "b.raw"),
+        DISK.replace("vda", "vdb"),
+        DISK.replace("type='file'", "type='block'").replace("file=", "dev="),
+        DISK.replace("type='file'", "type='block'"),
+        DISK + DISK.replace("vda", "vdb").replace("a.raw", "b.raw"),
+        DISK + DISK,
+        DISK.replace("<target", "<source file='/etc/shadow'/><target"),
+        DISK.replace("</disk>", "<target dev='vdb'/></disk>"),
+        DISK.replace("<target", "<x:source xmlns:x='urn:x' file='/etc/shadow'/><target"),
+        DISK.replace("</disk>", "<readonly/></disk>"),
+        DISK.replace("</disk>", "<shareable/></disk>"),
+    ],
+)
+def test_disks_that_are_copied_are_those_that_were_agreed(disks: str) -> None:
+    agreed = Agreed(
+        AGREED.uri, DOMAIN, SOCKET, channels_max=4, disks_uri=DISKS.disks_uri, disks={"vda": "/images/a.raw"}
+    )
+    flags = FLAGS | MigrateFlag.NON_SHARED_DISK
+
+    def said(devices: str) -> bytes:
+        xml = domain_xml(devices=devices)
+        return prepare({"migrate_uri": SOCKET, "destination_xml": xml, "disks_uri": DISKS.disks_uri}, flags=flags)
+
+    kept = "<disk type='file' device='cdrom'><source file='/iso'/><target dev='sda'/><readonly/></disk>"
+    below = DISK.replace("<target", "<backingStore type='file'><source file='/images/base'/></backingStore><target")
+    for fitting in (DISK, DISK + kept, below):
+        assert say(*opened(), said(fitting), agreed=agreed).has_prepared
+    refuses(say(*opened(), agreed=agreed), said(disks), "disk")
+
+
+def test_it_is_prepared_when_libvirtd_says_so() -> None:
+    rpc = say(*opened())
+    rpc.from_source(prepare())
+    assert not rpc.has_prepared
+    rpc.from_daemon(reply(Procedure.DOMAIN_MIGRATE_PREPARE3_PARAMS, 3, status=1))
+    assert not rpc.has_prepared
+
+
 def test_calls_that_wait_are_bounded_and_have_serials_of_their_own() -> None:
     rpc = say(*opened())
     for serial in range(RPC_CALLS_WAITING_MAX):

@@ -39,6 +39,14 @@ class StallPolicy(StrEnum):
     WAIT = "wait"
 
 
+class CopyChoice(StrEnum):
+    """Which disks of a domain are copied; the values are `MigrationRequest.copy_storage`'s."""
+
+    NONE = "none"
+    ALL = "all"
+    INC = "inc"
+
+
 @app.command()
 @command
 def migrate(  # noqa: PLR0913 - one parameter for each option
@@ -114,6 +122,14 @@ def migrate(  # noqa: PLR0913 - one parameter for each option
         bool,
         typer.Option("--undefine-source", help="A persistent domain of libvirt: forget it here once it runs there."),
     ] = False,
+    copy_storage: Annotated[
+        CopyChoice,
+        typer.Option(
+            "--copy-storage",
+            help="A domain of libvirt: copy its disks too, all of each, or inc: the layer above a backing file that the other "
+            "host has. The other host makes the files, and writes over none.",
+        ),
+    ] = CopyChoice.NONE,
     no_reduce: Annotated[
         bool,
         typer.Option("--no-reduce", help="Send every byte as it is, also over a line that is slower than this host."),
@@ -161,6 +177,7 @@ def migrate(  # noqa: PLR0913 - one parameter for each option
             throttle_max_percent=THROTTLE_MAX_PERCENT if max_throttle is None else max_throttle,
             reduce=not no_reduce,
             undefine_source=undefine_source,
+            copy_storage=copy_storage.value,
             protection=cast(Protection, protection),  # the model judges it
             i_know_this_is_weak=i_know_this_is_weak,
             priority=priority,

@@ -44,7 +44,8 @@ def copied(migration: Migration) -> int | None:
     progress = migration.progress
     if progress.bytes_transferred == 0 and progress.bytes_wire == 0:
         return None
-    return words.percent(progress.bytes_total - progress.bytes_remaining, progress.bytes_total)
+    total = progress.bytes_total + progress.disk_bytes_total
+    return words.percent(total - progress.bytes_remaining - progress.disk_bytes_remaining, total)
 
 
 def _place_after(migration: Migration) -> str:
@@ -108,6 +109,10 @@ def progress_figures(migration: Migration) -> dict[str, str]:
     figures = {
         "share": None if done is None else f"{done} %",
         "copied": f"{words.memory_bytes(copied_bytes)} of {total}" if progress.bytes_total else None,
+        "disks": f"{words.memory_bytes(progress.disk_bytes_total - progress.disk_bytes_remaining)} of "
+        f"{words.memory_bytes(progress.disk_bytes_total)} of disks"
+        if progress.disk_bytes_total
+        else None,
         "sent": f"{words.network_bytes(sent)} sent" if sent else None,
         "rate": None if rate is None else words.rate(rate),
         "limit": f"of {words.rate(progress.rate_limit_bytes_per_s)}" if progress.rate_limit_bytes_per_s else None,

@@ -14,7 +14,8 @@ else connects the two processes but the descriptors that are handed over. Order:
              AcceptLane + connection, for each      (destination)
     enclave  LanesOpen                the peer has proved, on each lane, that it holds its keys
              VmWanted                 (destination) the lane's first bytes are there
-    agent    AttachVm + connection    (destination) dialled only now: QEMU takes a silent connection for a stream
+    agent    AttachVm + connection    (destination) dialled only now: QEMU takes a silent connection for a stream; both ends
+                                      attach those of a domain's disks, where the server speaks first
     enclave  Counters, now and then
              LanesClosed              every lane was closed by both ends; the digest is the same at both
     enclave  PeerSeen                 after each later round of attestation, and before Failed where the peer is known
@@ -79,10 +80,12 @@ class Trust:
 class OpenLanes:
     """Source: descriptors are the listener that QEMU will dial, then one connection a lane, lane 0 first.
 
-    `reduce`: where the line is the bottleneck, send fewer bytes (`seal.reduce`, `seal.compression`).
+    `reduce`: where the line is the bottleneck, send fewer bytes (`seal.reduce`, `seal.compression`). The last `attached` lanes
+    are not for the listener: AttachVm brings their connections.
     """
 
     reduce: bool = True
+    attached: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class ExpectLanes:
 
 @dataclass(frozen=True)
 class AttachVm:
-    """Destination: the descriptor is a connection to QEMU for this lane."""
+    """The descriptor is a connection to QEMU for this lane; at a source only for those that OpenLanes left to it."""
 
     lane: int
 

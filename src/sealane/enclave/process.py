@@ -108,7 +108,7 @@ class Enclave:
         self._migration = ""
         self._is_source = False
         self._listener: socket.socket | None = None
-        self._dialled = 0
+        self._dialled = self._to_dial = 0
         self._lanes: dict[int, lanes.Lane] = {}
         self._reduction: lanes.Reduction | None = None
         self._vtpm: VtpmStates | None = None
@@ -199,13 +199,13 @@ class Enclave:
             case SendMessage():
                 self._need_channel().send_message(call.payload.encode())
             case OpenLanes():
-                self._open_lanes(call.reduce, *sockets)
+                self._open_lanes(call, *sockets)
             case ExpectLanes():
                 self._expect_lanes(call.count)
             case AcceptLane():
                 self._add_lane(call.lane, sockets[0]).start()
             case AttachVm():
-                self._lanes[call.lane].attach(sockets[0])
+                self._attach(call.lane, sockets[0])
             case AttachVtpm():
                 self._attach_vtpm(sockets[0])
             case Abort():
@@ -393,13 +393,14 @@ class Enclave:
         secret = self._need_channel().migration_secret()
         self._tell(LaneTokens({lane_token(secret, lane).hex(): str(lane) for lane in range(count)}))
 
-    def _open_lanes(self, reduce: bool, listener: socket.socket, *connections: socket.socket) -> None:
+    def _open_lanes(self, call: OpenLanes, listener: socket.socket, *connections: socket.socket) -> None:
         self._listener = listener
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ, self._on_vm_dialled)
         self._expected = len(connections)
+        self._to_dial = len(connections) - call.attached
         secret = self._need_channel().migration_secret()
-        if reduce:
+        if call.reduce:
             self._reduction = lanes.Reduction(len(connections), secret)
         for index, connection in enumerate(connections):
             preface = encode_preface(Preface(ConnectionKind.LANE, lane_token(secret, index), index))
@@ -421,12 +422,18 @@ class Enclave:
         self._lanes[index] = lane
         return lane
 
+    def _attach(self, lane: int, connection: socket.socket) -> None:
+        if self._is_source and lane < self._to_dial:
+            connection.close()
+            raise InternalError("internal.error", f"lane {lane} is for whom the listener hears")
+        self._lanes[lane].attach(connection)
+
     def _on_vm_dialled(self) -> None:
         assert self._listener is not None  # noqa: S101 - registered with the selector
         connection, _ = self._listener.accept()
         self._lanes[self._dialled].attach(connection)
         self._dialled += 1
-        if self._dialled == self._expected:
+        if self._dialled == self._to_dial:
             self._selector.unregister(self._listener)
             self._listener.close()
             self._listener = None

@@ -253,6 +253,13 @@ class Settings(Model):
         tuple[Literal["qemu:///system", "qemu:///session"], ...],
         Field(description="libvirtd whose domains are VMs here, where there is one; an empty list looks at none."),
     ] = ("qemu:///system",)
+    storage_directories: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^/")], ...],
+        Field(
+            description="Where this host makes files for disks that are copied to it (`--copy-storage`), and expects their backing "
+            "files; an empty list takes no copied disks."
+        ),
+    ] = ("/var/lib/libvirt/images",)
     log: Annotated[
         Literal["auto", "json", "text"], Field(description="Log format; auto is text on a terminal and JSON elsewhere.")
     ] = "auto"

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sealane.libvirt.disks import CopyStorage
 from sealane.limits import GIVE_UP_AFTER_S, LANES_MAX, THROTTLE_MAX_PERCENT
 
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -162,8 +163,9 @@ class MigrationRequest(Model):
     before that; "postcopy" lets the VM run at the destination before all of its memory is there, once there was no progress
     for `give_up_after_s`, and from then on the loss of either host loses the VM; "wait" never gives up.
 
-    `undefine_source`: a persistent domain of libvirt is forgotten here once it runs there. `client` "other": the lanes are opened
-    for a domain, and another client of libvirt than the agent migrates it through them.
+    `undefine_source`: a persistent domain of libvirt is forgotten here once it runs there. `copy_storage`: libvirt copies a
+    domain's disks, "all" of each or "inc", the layer above its backing file, into files that the destination makes. `client`
+    "other": the lanes are opened for a domain, and another client of libvirt than the agent migrates it through them.
 
     Where a limit is reached the migration waits: the higher `priority` goes first (None: the VM's own). At most `group_max`
     of those with the same `group` are in progress at once (0: as many as there are). After `time_limit_s` in progress, and
@@ -181,6 +183,7 @@ class MigrationRequest(Model):
     throttle_max_percent: Annotated[int, Field(ge=1, le=99)] = THROTTLE_MAX_PERCENT
     reduce: bool = True
     undefine_source: bool = False
+    copy_storage: CopyStorage = "none"
     client: Literal["agent", "other"] = "agent"
     protection: Protection = "sealed"
     i_know_this_is_weak: bool = False
@@ -205,7 +208,8 @@ class Progress(Model):
 
     `converges` False: the guest writes faster than the copy goes, and no end is in sight; `stalled_s` is how long there
     was no progress, `throttle_percent` how far QEMU slows the guest down, `postcopy_requests` how many pages the guest, which
-    runs at the destination already, could not wait for.
+    runs at the destination already, could not wait for. `disk_bytes_*` are of disks that libvirt copies, by its own count;
+    the other figures are of memory, but for `bytes_wire`, which counts everything.
     """
 
     bytes_total: int = 0
@@ -222,6 +226,17 @@ class Progress(Model):
     stalled_s: float = 0.0
     throttle_percent: int | None = None
     postcopy_requests: int | None = None
+    disk_bytes_total: int = 0
+    disk_bytes_transferred: int = 0
+    disk_bytes_remaining: int = 0
+
+
+class MadeVolume(Model):
+    """A file that this host made for a disk that is copied, by its path, device and inode."""
+
+    path: str
+    device: int
+    inode: int
 
 
 class Result(Model):
@@ -412,7 +427,8 @@ class ResolveRequest(Model):
 class Migration(Model):
     """One migration as one host sees it. `receipt` is the number of its receipt here, `peer_receipt` the digest of the
     other end's, `stream_digest` that of all records of all lanes, `readable` what the protection leaves readable to whoever
-    reads the wire. `queue` is there while it waits, `waited_s` is how long it did."""
+    reads the wire, `volumes` what this host made for disks that are copied to it. `queue` is there while it waits, `waited_s`
+    is how long it did."""
 
     id: MigrationId
     number: int
@@ -441,6 +457,7 @@ class Migration(Model):
     stream_digest: Digest | None = None
     peer_receipt: Digest | None = None
     vtpm: VtpmFacts | None = None
+    volumes: list[MadeVolume] = Field(default_factory=list)
     receipt: int | None = None
     resolution: Resolution | None = None
     queue: QueuePlace | None = None

@@ -32,6 +32,7 @@ from sealane.errors import SealaneError, make_error
 from sealane.host.jobs import Jobs
 from sealane.host.migration import settings
 from sealane.host.migration.postcopy_destination import has_switched
+from sealane.host.migration.volumes import remove_volumes
 from sealane.host.models import Migration, RunsAt
 from sealane.host.problems import problem_of
 from sealane.host.registry import is_absent
@@ -229,6 +230,7 @@ class Recovery:
         path = entry.qmp or self._find_qmp(entry.migration.vm)
         if path and is_domain(path):
             await destroy_incoming_domain(path, entry.migration.state)
+            await asyncio.to_thread(remove_volumes, entry.migration.volumes)
         elif entry.launched:
             await destroy(entry.launched.pid, entry.launched.start_time_ticks, qmp_path=path)
         elif path:

@@ -1,13 +1,22 @@
 """libvirt's own migration, driven by the agent as its client, over two connections that the agent stands between."""
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from sealane.errors import SealaneError
 from sealane.libvirt import binding
+from sealane.libvirt.disks import CopyStorage
 from sealane.libvirt.domains import DomainAddress
 from sealane.libvirt.rpcfilter import MigrateFlag
+
+_COPY_FLAGS: Final[Mapping[CopyStorage, int]] = {
+    "none": 0,
+    "all": MigrateFlag.NON_SHARED_DISK,
+    "inc": MigrateFlag.NON_SHARED_INC,
+}
 
 
 @dataclass(frozen=True)
@@ -20,6 +29,8 @@ class MigrationWishes:
     auto_converge: bool = False
     persistent: bool = False
     undefine_source: bool = False
+    copy_storage: CopyStorage = "none"
+    disks_uri: str = ""
 
     @property
     def flags(self) -> int:
@@ -31,6 +42,7 @@ class MigrationWishes:
             | (MigrateFlag.AUTO_CONVERGE if self.auto_converge else 0)
             | (MigrateFlag.PERSIST_DEST if self.persistent else 0)
             | (MigrateFlag.UNDEFINE_SOURCE if self.undefine_source else 0)
+            | _COPY_FLAGS[self.copy_storage]
         )
 
     @property
@@ -41,6 +53,8 @@ class MigrationWishes:
             given["parallel.connections"] = self.channels
         if self.max_bandwidth_mib_per_s:
             given["bandwidth"] = self.max_bandwidth_mib_per_s
+        if self.disks_uri:
+            given["disks_uri"] = self.disks_uri
         return given
 
 

@@ -5,12 +5,14 @@ libvirtd starts programs that a domain's XML names, as root or as QEMU's user. S
 * anything of the namespace that passes words straight to QEMU's command line,
 * an `<emulator>`, and any `<binary path=…>`, outside the directories of the system's own programs,
 * an interface's `<script>`,
-* a `<domain>` that is not the one that migrates: the first `<name>` and `<uuid>` below it, each once.
+* a `<domain>` that is not the one that migrates: the first `<name>` and `<uuid>` below it, each once,
+* where disks are copied: a disk that libvirt would take the copy of, and that was not agreed, by its target and its file.
 """
 
 import posixpath
 import uuid
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 from xml.parsers import expat
 
@@ -19,6 +21,7 @@ from sealane.errors import PeerError, printable
 QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
 PROGRAM_DIRECTORIES: Final = frozenset({"/usr/bin", "/usr/sbin", "/usr/libexec", "/usr/lib/qemu", "/usr/local/bin"})
 DEPTH_MAX: Final = 64
+_DEVICES: Final = ["domain", "devices"]
 _TEXT_MAX: Final = 4096
 
 
@@ -30,8 +33,13 @@ class DomainIdentity:
     uuid: uuid.UUID
 
 
-def check_xml(text: str, domain: DomainIdentity, *, root: str = "domain") -> None:
-    """Raise PeerError `libvirt.refused` where the XML asks for what a peer may not; `root` is its outermost element."""
+def check_xml(
+    text: str, domain: DomainIdentity, *, root: str = "domain", disks: Mapping[str, str] | None = None
+) -> None:
+    """Raise PeerError `libvirt.refused` where the XML asks for what a peer may not; `root` is its outermost element.
+
+    `disks` are the files of those that are copied, by target: the domain must have these, and no other that libvirt would take.
+    """
     inspection = _Inspection(domain, root)
     parser = expat.ParserCreate("UTF-8", " ")
     parser.buffer_text = True
@@ -45,6 +53,34 @@ def check_xml(text: str, domain: DomainIdentity, *, root: str = "domain") -> Non
     except expat.ExpatError as error:
         raise refused(f"XML that does not parse: {expat.errors.messages[error.code]}") from None
     inspection.end()
+    if disks is not None and inspection.taken != disks:
+        raise refused("a domain with other disks to be copied than were agreed")
+
+
+@dataclass
+class _Disk:
+    """A `<disk>` that is being read; libvirt copies those with a source that are neither read-only nor shareable."""
+
+    kind: str
+    target: str = ""
+    file: str = ""
+    has_source: bool = False
+    is_kept: bool = False
+    seen: set[str] = field(default_factory=set)
+
+    def child(self, name: str, attributes: Mapping[str, str]) -> None:
+        """An element directly below it."""
+        if name in {"source", "target"}:
+            if name in self.seen:
+                raise refused(f"a disk with two <{name}>")
+            self.seen.add(name)
+        if name == "source" and attributes:
+            self.has_source = True
+            self.file = attributes.get("file", "") if self.kind == "file" else ""
+        elif name == "target":
+            self.target = attributes.get("dev", "")
+        elif name in {"readonly", "shareable"}:
+            self.is_kept = True
 
 
 class _Inspection:
@@ -56,6 +92,8 @@ class _Inspection:
         self._text: str | None = None
         self._identified: list[set[str]] = []
         self._domains = 0
+        self._disk: _Disk | None = None
+        self.taken: dict[str, str] = {}  # the files of disks that libvirt would take the copy of, by target
 
     def on_declaration(self, version: str, encoding: str | None, standalone: int) -> None:
         """libvirtd's parser would follow a declared encoding, and read something else than is read here."""
@@ -82,6 +120,12 @@ class _Inspection:
             raise refused("a script for an interface")
         elif tag == "binary" and "path" in attributes:
             _check_program(attributes["path"])
+        if tag == "disk" and self._path == _DEVICES:
+            self._disk = _Disk(attributes.get("type", ""))
+        elif self._disk is not None and len(self._path) == len(_DEVICES) + 1:
+            if namespace:  # which libvirt's parsers have read with and without minding it
+                raise refused("a disk with an element of another namespace")
+            self._disk.child(name, attributes)
         self._path.append(tag)
         self._text = "" if self._is_read() else None
 
@@ -104,8 +148,17 @@ class _Inspection:
             self._judge(tag, self._text.strip())
         self._text = None
         self._path.pop()
+        if self._disk is not None and self._path == _DEVICES:
+            self._note(self._disk)
+            self._disk = None
         if tag == "domain" and self._identified.pop() != {"name", "uuid"}:
             raise refused("a domain without a name or a UUID")
+
+    def _note(self, disk: _Disk) -> None:
+        if disk.has_source and not disk.is_kept:
+            if disk.target in self.taken:
+                raise refused("two disks with one target")
+            self.taken[disk.target] = disk.file
 
     def _judge(self, tag: str, text: str) -> None:
         if tag == "emulator":

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, TypeVar
 
 from sealane.errors import HostError, SealaneError, make_error
 from sealane.libvirt import binding
+from sealane.libvirt.disks import CopiedDisk, CopyStorage, read_copied_disks
 from sealane.libvirt.domains import DomainAddress, DomainFacts, DomainUri, parse_address, read_domain
 from sealane.limits import LIBVIRT_POLL_S, LIBVIRT_TIMEOUT_S
 
@@ -23,9 +24,15 @@ _SOCKETS: Final = ("virtqemud-sock", "libvirt-sock")
 STOPPED: Final = frozenset({"paused", "postmigrate"})
 
 
-def daemon_socket(uri: str, *, run: Path = _RUN, runtime: Path | None = None) -> Path:
+def _session_directory() -> Path:
+    """Where the libvirtd of this user's session keeps its sockets."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR") or os.environ.get("XDG_CACHE_HOME")
+    return (Path(runtime) if runtime else Path.home() / ".cache") / "libvirt"
+
+
+def daemon_socket(uri: str) -> Path:
     """The socket of the libvirtd (or virtqemud) that serves a URI; raises `libvirt.unreachable`."""
-    directory = run if uri.endswith("/system") else (runtime or Path.home() / ".cache") / "libvirt"
+    directory = _RUN if uri.endswith("/system") else _session_directory()
     for name in _SOCKETS:
         if (directory / name).exists():
             return directory / name
@@ -76,6 +83,15 @@ async def list_domains(uri: DomainUri, timeout_s: float) -> list[FoundDomain]:
     return await in_thread(work, timeout_s)
 
 
+@dataclass(frozen=True)
+class SizedDisk:
+    """A disk that is copied, its size as the guest sees it, and what it takes up on this host."""
+
+    disk: CopiedDisk
+    capacity_bytes: int
+    allocation_bytes: int
+
+
 class DomainMachine:
     """A domain, with the words that the agent has for a VM: `connect` it, and close it."""
 
@@ -106,13 +122,28 @@ class DomainMachine:
         """QEMU's process id once `look` has found it, or 0."""
         return self._pid or 0
 
+    def _pids(self) -> Path:
+        return _RUN / "qemu" if self.address.uri.endswith("/system") else _session_directory() / "qemu/run"
+
     async def look(self) -> DomainFacts:
         """What the domain is; notes its process."""
         xml = await self._do(lambda domain: str(domain.XMLDesc()))
         facts = read_domain(xml, self.address.uri)
         with contextlib.suppress(OSError, ValueError):
-            self._pid = int((_RUN / "qemu" / f"{facts.name}.pid").read_text())
+            self._pid = int((self._pids() / f"{facts.name}.pid").read_text())
         return facts
+
+    async def copied_disks(self, copy: CopyStorage) -> list[SizedDisk]:
+        """The disks that libvirt would copy; raises `check.disks` for one that Sealane does not let it copy."""
+
+        def work(domain: Any) -> list[SizedDisk]:
+            found = []
+            for disk in read_copied_disks(str(domain.XMLDesc()), copy):
+                capacity, allocation, _ = domain.blockInfo(disk.target)
+                found.append(SizedDisk(disk, int(capacity), int(allocation)))
+            return found
+
+        return [] if copy == "none" else await self._do(work)
 
     async def qemu_version(self) -> tuple[int, int, int]:
         """The version of the libvirtd's default QEMU."""
@@ -223,8 +254,8 @@ async def destroy_incoming_domain(address: str, state: str) -> None:
                 raise
 
 
-def _owner() -> tuple[int, int] | None:
-    """Debian's user for QEMU, where it is here and we may give files away."""
+def qemu_owner() -> tuple[int, int] | None:
+    """Debian's user for QEMU and its group, where it is here and we may give files away."""
     if os.geteuid():
         return None
     try:
@@ -250,10 +281,11 @@ class MigrationDirectory:
         try:
             self.ROOT.mkdir(mode=0o711, exist_ok=True)
             self._path.mkdir(mode=0o700 if self._for_qemu else 0o711)
-            if self._for_qemu and (owner := _owner()) is not None:
+            if self._for_qemu and (owner := qemu_owner()) is not None:
                 os.chown(self._path, *owner)
         except OSError as error:
-            raise HostError("host.permission", f"{self._path}: {error.strerror}") from error
+            mend = f"as root, once: install -d -m 1777 {self.ROOT}" if os.geteuid() else None
+            raise HostError("host.permission", f"{self._path}: {error.strerror}", mend=mend) from error
         return self._path
 
     def __exit__(self, *_: object) -> None:
@@ -268,3 +300,8 @@ class MigrationDirectory:
     def vm_socket(cls, migration: str) -> Path:
         """Where the source's libvirtd or QEMU dials, and the destination's QEMU listens."""
         return cls.ROOT / migration[:16] / "vm.sock"
+
+    @classmethod
+    def disks_socket(cls, migration: str) -> Path:
+        """Where the source's QEMU dials to copy disks, and the destination's takes them (NBD)."""
+        return cls.ROOT / migration[:16] / "disks.sock"

@@ -57,7 +57,7 @@ class MigrateFlag:
     PARALLEL: Final = 1 << 17
 
 
-_DISKS: Final = MigrateFlag.NON_SHARED_DISK | MigrateFlag.NON_SHARED_INC
+COPY_FLAGS: Final = MigrateFlag.NON_SHARED_DISK | MigrateFlag.NON_SHARED_INC
 _ALLOWED_FLAGS: Final = (
     MigrateFlag.LIVE
     | MigrateFlag.PERSIST_DEST
@@ -84,14 +84,15 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class Agreed:
-    """What this migration is: the URI that is opened, the domain, where QEMU listens, how many multifd channels at most, and
-    where it takes disks (empty: disks are not copied)."""
+    """What this migration is: the URI that is opened, the domain, where QEMU listens, how many multifd channels at most,
+    where it takes disks (empty: disks are not copied), and the files that they go into, by the disks' targets."""
 
     uri: str
     domain: DomainIdentity
     migrate_uri: str
     channels_max: int = 0
     disks_uri: str = ""
+    disks: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -103,6 +104,7 @@ class RpcFilter:
     _from_source: MessageReader = field(default_factory=MessageReader, repr=False)
     _from_daemon: MessageReader = field(default_factory=MessageReader, repr=False)
     _waiting: dict[int, int] = field(default_factory=dict, repr=False)
+    has_prepared: bool = False
     has_finished: bool = False
 
     def from_source(self, data: bytes) -> bytes:
@@ -145,8 +147,9 @@ class RpcFilter:
         if message.program != REMOTE_PROGRAM or message.kind != MessageType.REPLY or asked != message.procedure:
             return b""  # an event, or what was not asked for: libvirtd is ours, so this is no attack
         del self._waiting[message.serial]
-        if asked == Procedure.DOMAIN_MIGRATE_FINISH3_PARAMS and message.status == 0:
-            self.has_finished = True
+        if message.status == 0:
+            self.has_prepared |= asked == Procedure.DOMAIN_MIGRATE_PREPARE3_PARAMS
+            self.has_finished |= asked == Procedure.DOMAIN_MIGRATE_FINISH3_PARAMS
         return message.raw
 
 
@@ -221,7 +224,7 @@ def _common(agreed: Agreed, parameters: Mapping[str, Value], arguments: XdrReade
     flags = arguments.uint32()
     if not flags & MigrateFlag.PAUSED:
         raise refused("a domain that runs as soon as it has come")
-    unknown = flags & ~(_ALLOWED_FLAGS | (_DISKS if agreed.disks_uri else 0))
+    unknown = flags & ~(_ALLOWED_FLAGS | (COPY_FLAGS if agreed.disks_uri else 0))
     if unknown:
         raise refused(f"a migration with flags {unknown:#x}")
 
@@ -233,12 +236,20 @@ def _is_fitting_xml(agreed: Agreed, value: Value) -> bool:
     return True
 
 
+def _is_xml_of_what_comes(agreed: Agreed, value: Value) -> bool:
+    """The domain as it is going to run: with copied disks, these and no others."""
+    if not isinstance(value, str):
+        return False
+    check_xml(value, agreed.domain, disks=agreed.disks if agreed.disks_uri else None)
+    return True
+
+
 Check = Callable[[Agreed, Value], bool]
 _is_number: Check = lambda agreed, value: type(value) is int  # noqa: E731
 _PARAMETERS: Final[Mapping[str, Check]] = {
     "migrate_uri": lambda agreed, value: value == agreed.migrate_uri,
     "destination_name": lambda agreed, value: value == agreed.domain.name,
-    "destination_xml": _is_fitting_xml,
+    "destination_xml": _is_xml_of_what_comes,
     "persistent_xml": _is_fitting_xml,
     "bandwidth": _is_number,
     "auto_converge.initial": _is_number,

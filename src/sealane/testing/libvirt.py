@@ -28,7 +28,8 @@ from sealane.testing.pair import AgentHost, HostPair
 from sealane.testing.problems import RigError
 from sealane.testing.qemu import QemuBinary, all_qemus
 
-URI: Final = "qemu:///system"
+USER: Final = 1000
+_RUNTIME: Final = f"/run/user/{USER}"
 # what libvirtd, QEMU and swtpm keep outside /run
 _PRIVATE: Final = (
     "/etc/libvirt",
@@ -53,15 +54,40 @@ cgroup_controllers = []
 stdio_handler = "file"
 namespaces = []
 remember_owner = 0
+"""
+_ROOTS_QEMU_CONF: Final = """\
 user = "root"
 group = "root"
 dynamic_ownership = 0
+swtpm_user = "root"
+swtpm_group = "root"
 """
+# of a libvirt that lies unpacked somewhere (SEALANE_LIBVIRT)
+_PARTS: Final = (
+    "usr/sbin/libvirtd",
+    "usr/bin/virsh",
+    "usr/lib/*/libvirt*.so.0",
+    "usr/lib/*/libvirt",
+    "usr/lib/libvirt",
+    "usr/share/libvirt",
+)
 # libvirtd asks for its user before it reads which one it shall take; Debian's libvirt-daemon-system would make it
 _ACCOUNTS: Final = {
     "passwd": "libvirt-qemu:x:64055:64055::/nonexistent:/usr/sbin/nologin",
     "group": "libvirt-qemu:x:64055:",
 }
+
+
+def _other_libvirt() -> list[str]:
+    """What puts the libvirt that is asked for in place of the system's: mount(8), file by file."""
+    root = Path(os.environ.get("SEALANE_LIBVIRT") or "/")
+    if root == Path("/"):
+        return []
+    found = [each for pattern in _PARTS for each in sorted(root.glob(pattern))]
+    if not found:
+        raise RigError(f"SEALANE_LIBVIRT={root} holds no libvirt")
+    targets = ((each, "/" / each.relative_to(root)) for each in found)
+    return [f"mount --bind {each} {target}" for each, target in targets if target.exists()]
 
 
 def libvirtd_works() -> bool:
@@ -74,22 +100,27 @@ class LibvirtHost:
     """A simulated host with its libvirtd; `host` starts processes inside all of its namespaces."""
 
     host: SimulatedHost
+    is_session: bool = False
     daemon: BackgroundProcess | None = None
     _holder: BackgroundProcess | None = field(default=None, repr=False)
 
     @property
     def socket(self) -> Path:
         """libvirtd's socket as seen from outside."""
-        return self._bound("/run") / "libvirt/libvirt-sock"
+        return self.outside(f"{_RUNTIME if self.is_session else '/run'}/libvirt/libvirt-sock")
 
     @property
     def uri(self) -> str:
         """A URI that reaches this host's libvirtd from outside its namespaces, as a test does."""
-        return f"qemu+unix:///system?socket={self.socket}"
+        return f"qemu+unix:///{self._mode}?socket={self.socket}"
+
+    @property
+    def _mode(self) -> str:
+        return "session" if self.is_session else "system"
 
     def virsh(self, *words: str, check: bool = True) -> str:
         """Run virsh(1) on this host; RigError with what it said where it fails and `check` is set."""
-        return self.host.run("virsh", "-q", "-c", URI, *words, check=check).stdout
+        return self.host.run("virsh", "-q", "-c", f"qemu:///{self._mode}", *words, check=check).stdout
 
     def start_daemon(self) -> None:
         """Start libvirtd and return when it answers."""
@@ -97,7 +128,17 @@ class LibvirtHost:
         self.daemon.wait_until(self._answers, "its socket")
 
     def _answers(self) -> bool:
-        return self.socket.exists() and self.host.run("virsh", "-c", URI, "version", check=False).returncode == 0
+        return (
+            self.socket.exists()
+            and self.host.run("virsh", "-c", f"qemu:///{self._mode}", "version", check=False).returncode == 0
+        )
+
+    def outside(self, path: str) -> Path:
+        """Where a path of this host, in one of its private directories, lies as seen from outside."""
+        for each in (*_PRIVATE, "/run"):
+            if Path(path).is_relative_to(each):
+                return self._bound(each) / Path(path).relative_to(each)
+        raise RigError(f"{path} is not private to {self.host.name}")
 
     def _bound(self, path: str) -> Path:
         return self.host.directory / "bound" / path.strip("/").replace("/", "-")
@@ -117,15 +158,31 @@ class LibvirtHost:
             binds.append(f"mount --bind {mine} {system}")
         for name in ("libvirt", "lock"):
             (self._bound("/run") / name).mkdir()
+        binds += _other_libvirt()
         etc = self._bound("/etc/libvirt")
         (etc / "libvirtd.conf").write_text(_DAEMON_CONF.format(uuid=uuid.uuid5(uuid.NAMESPACE_DNS, self.host.name)))
-        (etc / "qemu.conf").write_text(_QEMU_CONF)
+        (etc / "qemu.conf").write_text(_QEMU_CONF + _ROOTS_QEMU_CONF)
         ready = self.host.scratch / "namespaces"
         words = ["set -e", *binds, f"hostname {self.host.name}", f"echo ready > {ready}", "sleep infinity & wait"]
         kinds = ("--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc")
         self._holder = self.host.start("unshare", *kinds, "--", "sh", "-c", "\n".join(words))
         self._holder.wait_until(ready.exists, "its namespaces")
         self.host.inside = ("nsenter", f"--target={self._first_process()}", "--all", "--")
+        if self.is_session:
+            self._become_user(etc)
+
+    def _become_user(self, etc: Path) -> None:
+        """Have all later processes be another user's, with a session of its own: a user namespace in which root is that user.
+
+        So they may read what root may, which tests need, and have none of root's powers.
+        """
+        home = self.host.directory / "home"
+        shutil.copytree(etc, home / ".config/libvirt")
+        (home / ".config/libvirt/qemu.conf").write_text(_QEMU_CONF)
+        self.outside(_RUNTIME).mkdir(parents=True)
+        environment = (f"HOME={home}", f"XDG_RUNTIME_DIR={_RUNTIME}", f"XDG_CONFIG_HOME={home}/.config")
+        user = ("unshare", "--user", f"--map-user={USER}", f"--map-group={USER}", "--")
+        self.host.inside = (*self.host.inside, *user, "env", f"XDG_CACHE_HOME={home}/.cache", *environment)
 
     def _first_process(self) -> int:
         assert self._holder is not None  # noqa: S101 - enter_namespaces has just started it
@@ -164,6 +221,7 @@ class DomainSpec:
     <initrd>{self.workload.initrd}</initrd>
     <cmdline>{self.workload.command_line()}</cmdline>
   </os>
+  <features><acpi/><apic/></features>
   {cpu}
   <on_reboot>destroy</on_reboot>
   <devices>
@@ -178,7 +236,7 @@ class DomainSpec:
 
     def console(self, host: LibvirtHost) -> Path:
         """The serial console's file on this host, as seen from outside."""
-        return host.socket.parents[1] / f"{self.name}.log"
+        return host.outside(f"/run/{self.name}.log")
 
     def wait_ticks(self, host: LibvirtHost, count: int, *, timeout_s: float = 60.0) -> None:
         """Wait for `count` more ticks of the guest on this host; RigError where they do not come."""
@@ -199,14 +257,17 @@ def find_emulator() -> QemuBinary:
 
 
 @contextmanager
-def make_libvirt_hosts(names: Sequence[str] = ("host-a", "host-b")) -> Iterator[list[LibvirtHost]]:
-    """Hosts that reach one another, libvirtd up on each; all of it goes away at the end, also after a failure."""
+def make_libvirt_hosts(
+    names: Sequence[str] = ("host-a", "host-b"), *, is_session: bool = False
+) -> Iterator[list[LibvirtHost]]:
+    """Hosts that reach one another, libvirtd up on each, a user's where `is_session`; all of it goes away at the end, also after
+    a failure."""
     if not libvirtd_works():
         raise RigError(f"no libvirtd, or no right to make namespaces (uid {os.geteuid()})")
     with ExitStack() as stack:
         ends = []
         for host in stack.enter_context(make_hosts(names, network="netns")):
-            end = LibvirtHost(host)
+            end = LibvirtHost(host, is_session)
             end.enter_namespaces()
             end.start_daemon()
             ends.append(end)
@@ -233,9 +294,9 @@ class LibvirtPair:
 
 
 @contextmanager
-def make_libvirt_pair(settings: str = "") -> Iterator[LibvirtPair]:
-    """Two libvirtd and two agents; everything goes away at the end."""
-    with make_libvirt_hosts() as (first, second):
+def make_libvirt_pair(settings: str = "", *, is_session: bool = False) -> Iterator[LibvirtPair]:
+    """Two libvirtd and two agents, a user's where `is_session`; everything goes away at the end."""
+    with make_libvirt_hosts(is_session=is_session) as (first, second):
         ends = []
         for each in (first, second):
             identity = create_identity(each.host.name, now=datetime.now(UTC), lifetime_days=30)

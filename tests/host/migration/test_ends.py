@@ -193,6 +193,17 @@ def test_an_epoch_that_was_here_already_is_refused_before_anything_is_launched(s
         a_reception(store)._begin_job(cast(Any, None), replace(met, epoch=5), a_prepare(5))
 
 
+@pytest.mark.parametrize("uris", [(), ("qemu:///system",)])
+def test_a_domain_of_a_libvirtd_that_this_host_does_not_look_at_is_refused(uris: tuple[str, ...]) -> None:
+    settings = Settings.model_validate({"name": "b", "libvirt": uris})
+    context = cast(MigrationContext, SimpleNamespace(settings=settings))
+    wish = messages.DomainWish(uri="qemu:///session", least_level=0, labels={})
+    asked = a_prepare(0).model_copy(update={"domain": wish, "uuid": "ae3368f7-57e0-5307-be70-1afb23fe0461"})
+    with pytest.raises(SealaneError, match="b takes no domains of qemu:///session") as raised:
+        destination_module.incoming_domain(asked, context)
+    assert raised.value.code == "check.vm-unknown"
+
+
 async def test_a_proven_peer_says_soon_what_it_wants(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[float] = []
 

@@ -6,7 +6,7 @@ from typing import Final
 from sealane.errors import ControlError
 from sealane.host.migration.messages import Prepare
 from sealane.hypervisor.driver import VmDescription
-from sealane.limits import GIB, MIB, MULTIFD_CHANNELS_DEFAULT
+from sealane.limits import GIB, LANES_MAX, MIB, MULTIFD_CHANNELS_DEFAULT
 from sealane.seal.protect import SEALED
 
 # Without these a migration cannot be handed over: QEMU must wait for our word, and say how it went.
@@ -40,6 +40,12 @@ def check_free_memory(wanted_bytes: int, available_bytes: int) -> None:
             "check.free-memory",
             f"the VM has {words_for(wanted_bytes)} and {words_for(available_bytes)} are available there",
         )
+
+
+def check_lanes(channels: int, disks: int) -> None:
+    """Raise `check.disks` where a domain would need more lanes than there are: two, one a channel, one a disk."""
+    if 2 + channels + disks > LANES_MAX:
+        raise ControlError("check.disks", f"{channels} channels and {disks} disks need more lanes than {LANES_MAX}")
 
 
 def check_source(vm: VmDescription) -> None:

@@ -54,7 +54,7 @@ from sealane.host.migration.vtpm_steps import launch_with_tpm, vtpm_abandoned, v
 from sealane.host.models import Migration, Name, Progress, Protection, Result, VmDefinition
 from sealane.host.problems import problem_of
 from sealane.host.quoting import check_launched, incoming_binaries
-from sealane.host.registry import PROBE_TIMEOUT_S, Registry, is_absent
+from sealane.host.registry import PROBE_TIMEOUT_S, is_absent
 from sealane.host.store import utc_now
 from sealane.hypervisor.driver import MigrationParameters
 from sealane.hypervisor.launch import LaunchedMachine, destroy, last_words, launch_incoming
@@ -234,7 +234,7 @@ class Reception:
             raise make_error(
                 "attest.migration", f"the peer attested for {met.vm} and wants to send another VM or epoch"
             )
-        vm = self._known(prepare) if prepare.domain is None else incoming_domain(prepare, self._context.registry)
+        vm = self._known(prepare) if prepare.domain is None else incoming_domain(prepare, self._context)
         if not vm.launch_incoming and prepare.domain is None:
             raise ControlError("check.no-launch", f"{prepare.vm} has no launch command here")
         if (known := self._context.store.epoch(vm.name)) > prepare.epoch:
@@ -275,13 +275,20 @@ class Reception:
         return True
 
 
-def incoming_domain(prepare: messages.Prepare, registry: Registry) -> VmDefinition:
+def incoming_domain(prepare: messages.Prepare, context: MigrationContext) -> VmDefinition:
     """The domain of libvirt that wants to come, as this host's policy sees it: what the source says of it, unless a VM of that
-    name is known here. Raises `check.vm-unknown` where that one is no domain, or another one.
+    name is known here. Raises `check.vm-unknown` where that one is no domain, or another one, and where this host looks at no
+    domains of that URI.
     """
     assert prepare.domain is not None  # noqa: S101 - the caller looked
     address = address_of(prepare.uuid, prepare.domain.uri)
-    known = registry.definitions().get(prepare.vm)
+    if prepare.domain.uri not in context.settings.libvirt:
+        raise make_error(
+            "check.vm-unknown",
+            f"{context.settings.name} takes no domains of {prepare.domain.uri}",
+            mend="add the URI to `libvirt` in agent.toml there",
+        )
+    known = context.registry.definitions().get(prepare.vm)
     if known is None:
         wish = prepare.domain
         return VmDefinition(name=prepare.vm, qmp=address, least_level=wish.least_level, labels=wish.labels)

@@ -10,19 +10,22 @@ Every step but the reception is `DestinationMigration`'s.
 
 import asyncio
 import socket
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from sealane.enclave.interface import AttachVm, ExpectLanes, SendMessage
 from sealane.errors import ControlError, InternalError, SealaneError, make_error
 from sealane.host.migration import messages
-from sealane.host.migration.checks import available_memory_bytes, check_free_memory
+from sealane.host.migration.checks import available_memory_bytes, check_free_memory, check_lanes
 from sealane.host.migration.destination import PROGRESS_EVERY_S, DestinationMigration
 from sealane.host.migration.dialling import dial_vm
+from sealane.host.migration.domain_disks import attach_disks
 from sealane.host.migration.domain_lines import FilteredLine, dial
 from sealane.host.migration.enclave_process import uninterrupted
 from sealane.host.migration.gate import StandingGate, pass_gate
 from sealane.host.migration.stall import StallLimit
+from sealane.host.migration.volumes import make_volumes, remove_volumes
 from sealane.host.models import Progress
 from sealane.host.registry import is_absent
 from sealane.hypervisor.qmp import QmpMachine
@@ -75,6 +78,8 @@ class DomainDestination(DestinationMigration):
         self._was_persistent = await machine.is_persistent()
         wanted = self._prepare.multifd_channels
         channels = MULTIFD_CHANNELS_DEFAULT if wanted is None else wanted
+        check_lanes(channels, len(self._disks))
+        await self._make_volumes()
         await self._open_domain_lanes(channels)
         self._is_begun = True
         self._step(Input.PREPARED, detail="the domain's memory comes in", multifd_channels=channels)
@@ -96,10 +101,20 @@ class DomainDestination(DestinationMigration):
             raise
         raise ControlError("check.vm-present", f"{self._vm.name} is {state} here already")
 
+    @property
+    def _disks(self) -> list[messages.DiskWish]:
+        return [] if self._prepare.domain is None else self._prepare.domain.disks
+
+    async def _make_volumes(self) -> None:
+        if self._disks:
+            self.update(detail="making files for its disks")
+            directories = self._context.settings.storage_directories
+            await make_volumes(self._disks, directories, lambda made: self.journal(volumes=made))
+
     async def _open_domain_lanes(self, channels: int) -> None:
         path = MigrationDirectory.vm_socket(self.id)
         self._enclave.on_vm_wanted = lambda lane: self._attach_lane_soon(lane, path, channels)
-        self._enclave.call(ExpectLanes(2 + channels))
+        self._enclave.call(ExpectLanes(2 + channels + len(self._disks)))
         tokens = self._enclave.lane_tokens
         self._reception.expect_lanes(await self._enclave.wait(tokens, QMP_TIMEOUT_S, "enclave.slow", "tokens of lanes"))
         self._enclave.call(SendMessage(messages.Prepared(multifd_channels=channels, preempt=False).model_dump_json()))
@@ -110,19 +125,23 @@ class DomainDestination(DestinationMigration):
     # ---- receiving
 
     def _attach_lane_soon(self, lane: int, path: Path, channels: int) -> None:
-        work = self._attach_daemon(path, channels) if lane == 0 else self._attach_qemu(lane, path)
-        task = asyncio.create_task(work, name=f"attach lane {lane}")
+        self._soon(self._attach_daemon(path, channels) if lane == 0 else self._attach_qemu(lane, path))
+
+    def _soon(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._attaching.add(task)
         task.add_done_callback(self._attaching.discard)
 
     async def _attach_daemon(self, path: Path, channels: int) -> None:
         """The source speaks to libvirtd: through the filter."""
-        address = parse_address(self._vm.qmp)
+        address, disks = parse_address(self._vm.qmp), MigrationDirectory.disks_socket(self.id)
         agreed = Agreed(
             uri=address.uri,
             domain=DomainIdentity(self._vm.name, address.uuid),
             migrate_uri=f"unix://{path}",
             channels_max=channels,
+            disks_uri=f"unix://{disks}" if self._disks else "",
+            disks={each.target: each.path for each in self._disks},
         )
         try:
             daemon = await dial(daemon_socket(address.uri))
@@ -132,11 +151,18 @@ class DomainDestination(DestinationMigration):
         ours, enclaves = socket.socketpair()
         ours.setblocking(False)
         self._line = FilteredLine(ours, daemon, RpcFilter(agreed))
+        if self._disks:
+            lanes = range(2 + channels, 2 + channels + len(self._disks))
+            self._soon(self._attach_disks(self._line, disks, lanes))
         try:
             self._enclave.call(AttachVm(0), enclaves)
             await self._line.ended()
         except SealaneError as error:
             self._enclave.fail(error)
+
+    async def _attach_disks(self, line: FilteredLine, path: Path, lanes: range) -> None:
+        await line.prepared.wait()
+        await attach_disks(self._enclave, path, lanes)
 
     async def _attach_qemu(self, lane: int, path: Path) -> None:
         """Dial QEMU for a lane, its main one first; it listens since libvirtd's answer to `prepare`."""
@@ -178,11 +204,11 @@ class DomainDestination(DestinationMigration):
 
     async def _destroy(self) -> None:
         """Destroy the domain that came, which never ran, and forget it where it was not known here before."""
-        if not self._is_begun or self._machine is None:
-            return
-        if self._line is not None:
-            await self._line.close()  # what has not come to its Finish is libvirtd's to destroy
-        await self._machine.destroy(undefine=not self._was_persistent)
+        if self._is_begun and self._machine is not None:
+            if self._line is not None:
+                await self._line.close()  # what has not come to its Finish is libvirtd's to destroy
+            await self._machine.destroy(undefine=not self._was_persistent)
+        await asyncio.to_thread(remove_volumes, self.migration.volumes)
 
     def _as_sealane_error(self, error: BaseException) -> SealaneError:
         if self._line is not None and self._line.failure is not None:

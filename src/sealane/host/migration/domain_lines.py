@@ -165,7 +165,14 @@ class FilteredLine:
 
     def __init__(self, lane: socket.socket, daemon: socket.socket, rpc: RpcFilter) -> None:
         self.filter = rpc
-        self._line = Line(lane, daemon, forward=rpc.from_source, back=rpc.from_daemon)
+        self.prepared = asyncio.Event()  # libvirtd has launched QEMU, which listens
+        self._line = Line(lane, daemon, forward=rpc.from_source, back=self._back)
+
+    def _back(self, data: bytes) -> bytes:
+        passed = self.filter.from_daemon(data)
+        if self.filter.has_prepared:
+            self.prepared.set()
+        return passed
 
     async def ended(self) -> None:
         """Return once the source has said all, or raise what the filter said: `libvirt.refused`, `libvirt.malformed`."""

@@ -18,11 +18,12 @@ from sealane.enclave.interface import SendMessage
 from sealane.errors import ControlError, HostError, SealaneError, make_error
 from sealane.host.migration import messages
 from sealane.host.migration.dialling import dial_vm
+from sealane.host.migration.domain_disks import DiskListener, disk_figures, wish_of
 from sealane.host.migration.domain_lines import SourceLines
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
 from sealane.host.migration.source import PROGRESS_EVERY_S, SourceMigration, _Clockwork
 from sealane.host.migration.stall import StallLimit
-from sealane.host.models import RunsAt
+from sealane.host.models import Progress, RunsAt
 from sealane.host.registry import is_absent
 from sealane.hypervisor.driver import MigrationStatus, VmDescription
 from sealane.hypervisor.qmp import QmpMachine
@@ -56,6 +57,7 @@ class DomainSource(SourceMigration):
     _machine: DomainMachine | None = None
     _lines: SourceLines | None = None
     _client: ClientThread | None = None
+    _disk_listener: DiskListener | None = None
     _is_persistent = False
     _bandwidth_before: int | None = None
 
@@ -72,6 +74,8 @@ class DomainSource(SourceMigration):
                         await uninterrupted(self._give_up(error))
                     finally:
                         await uninterrupted(self._end_client())
+                        if self._disk_listener is not None:
+                            await uninterrupted(self._disk_listener.close())
         finally:
             self._context.rates.leave(self.id)
             if self._enclave is not None:
@@ -80,27 +84,34 @@ class DomainSource(SourceMigration):
     # ---- the way there
 
     async def _move(self, machine: DomainMachine, directory: Path) -> None:
-        facts, vm = await self._look_at_domain(machine)
+        vm = await self._look_at_domain(machine)
+        disks = [wish_of(each) for each in await machine.copied_disks(self._request.copy_storage)]
         enclave = await self._meet(cast(QmpMachine, machine))  # of which it wants the process
-        prepared = await self._prepare_domain(enclave, facts, vm, machine)
+        prepared = await self._prepare_domain(enclave, vm, machine, disks)
         path = MigrationDirectory.vm_socket(self.id)
         channels = prepared.multifd_channels
-        await self._open_lanes(enclave, path, 2 + channels)
+        await self._open_lanes(enclave, path, 2 + channels + len(disks), attached=len(disks))
+        if disks:
+            lanes = range(2 + channels, 2 + channels + len(disks))
+            self._disk_listener = DiskListener(enclave, MigrationDirectory.disks_socket(self.id), lanes)
         self._lines = SourceLines(directory, daemon_socket(machine.address.uri), await dial_vm(path))  # it is lane 0
-        self._step(Input.PREPARED, detail="the domain's memory goes over", multifd_channels=channels)
+        what = "the domain's disks and memory go over" if disks else "the domain's memory goes over"
+        self._step(Input.PREPARED, detail=what, multifd_channels=channels)
         self._times.copy_started = time.monotonic()
         if self._request.client == "agent":
-            self._start_client(machine, self._lines, channels)
+            self._start_client(machine, self._lines, channels, has_disks=bool(disks))
         else:
             self.update(detail="the lanes are open for another client of libvirt")
         await self._follow(machine, self._lines)
         self._step(Input.VM_STOPPED, detail="the domain is paused at both ends")
+        if self._request.switchover_hook:
+            await self._watch(self._ask_hook(self._request.switchover_hook))
         self._lines.end_lane()
         loaded = await self._wait_loaded(enclave, cast(QmpMachine, machine))
         self._lines.gate.is_released = True
         await self._hand_over(enclave, cast(QmpMachine, _LeavingDomain(self)), loaded)
 
-    def _start_client(self, machine: DomainMachine, lines: SourceLines, channels: int) -> None:
+    def _start_client(self, machine: DomainMachine, lines: SourceLines, channels: int, *, has_disks: bool) -> None:
         self._rate = self._share
         wishes = MigrationWishes(
             migrate_uri=f"unix://{MigrationDirectory.vm_socket(self.id)}",
@@ -109,13 +120,17 @@ class DomainSource(SourceMigration):
             auto_converge=self._request.on_stall == "auto-converge",
             persistent=self._is_persistent,
             undefine_source=self._is_persistent and self._request.undefine_source,
+            copy_storage=self._request.copy_storage if has_disks else "none",
+            disks_uri=f"unix://{MigrationDirectory.disks_socket(self.id)}" if has_disks else "",
         )
         self._client = start_client(machine.address, lines.local, lines.remote, wishes)
 
-    async def _look_at_domain(self, machine: DomainMachine) -> tuple[DomainFacts, VmDescription]:
+    async def _look_at_domain(self, machine: DomainMachine) -> VmDescription:
         self.update(detail="looking at the domain")
-        if self._request.protection != "sealed" or self._request.switchover_hook:
-            raise make_error("usage.argument", "domains of libvirt go sealed, and without a switch-over hook")
+        if self._request.protection != "sealed":
+            raise make_error("usage.argument", "domains of libvirt go sealed")
+        if self._request.copy_storage != "none" and self._request.client != "agent":
+            raise make_error("usage.argument", "disks are copied by `sealane migrate` only")
         if self._request.on_stall == "postcopy":
             raise make_error(
                 "check.postcopy", "domains of libvirt do not go by postcopy", mend="choose another --on-stall"
@@ -127,10 +142,10 @@ class DomainSource(SourceMigration):
         self._ran_before = True
         self._is_persistent = await machine.is_persistent()
         self.description = description_of(facts, await machine.qemu_version(), machine.pid)
-        return facts, self.description
+        return self.description
 
     async def _prepare_domain(
-        self, enclave: EnclaveProcess, facts: DomainFacts, vm: VmDescription, machine: DomainMachine
+        self, enclave: EnclaveProcess, vm: VmDescription, machine: DomainMachine, disks: list[messages.DiskWish]
     ) -> messages.Prepared:
         prepare = messages.Prepare(
             vm=self._vm.name,
@@ -145,7 +160,10 @@ class DomainSource(SourceMigration):
             vtpm=None,
             postcopy=False,
             domain=messages.DomainWish(
-                uri=machine.address.uri, least_level=self._vm.least_level, labels=dict(self._vm.labels)
+                uri=machine.address.uri,
+                least_level=self._vm.least_level,
+                labels=dict(self._vm.labels),
+                disks=disks,
             ),
         )
         self.update(detail=f"{self._peer.name} prepares")
@@ -190,7 +208,10 @@ class DomainSource(SourceMigration):
 
     async def _tell_job(self, machine: DomainMachine) -> None:
         stats = await machine.job_stats()
+        self._disk_figures = disk_figures(stats) or self._disk_figures
         if not stats.get("memory_total"):
+            if self._disk_figures:  # libvirt copies the disks first
+                self.update(progress=Progress(bytes_wire=self._wire_bytes(), **self._disk_figures))
             return
         status = status_of(stats)
         self._convergence.judge(status, lambda outlook: self._tell_outlook(status, outlook))

@@ -41,12 +41,15 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from sealane.errors import PeerError, printable
 from sealane.host.models import Labels, MigrationId, Name, VtpmFacts
+from sealane.libvirt.disks import PATH_PATTERN, TARGET_PATTERN, DiskFormat
 from sealane.libvirt.domains import DomainUri
-from sealane.limits import CHANNEL_MESSAGE_MAX, LANES_MAX
+from sealane.limits import CHANNEL_MESSAGE_MAX, COPIED_DISKS_MAX, LANES_MAX
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # Far beyond any VM's moves, and within what the journal's integers and every peer's can hold.
 EPOCH_MAX = 1 << 53
+# Far beyond any file system's files, and within the journal's integers.
+DISK_BYTES_MAX = 1 << 60
 # A receipt has some 3 KiB; with its envelope and the certificate it must fit a channel message.
 RECEIPT_COPY_MAX = CHANNEL_MESSAGE_MAX // 2
 Text = Annotated[str, Field(max_length=200, pattern=r"^[\x20-\x7e]*$")]
@@ -58,12 +61,31 @@ class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+DiskPath = Annotated[str, Field(pattern=PATH_PATTERN)]
+DiskBytes = Annotated[int, Field(ge=0, le=DISK_BYTES_MAX)]
+
+
+class DiskWish(_Message):
+    """A disk that is copied: the guest's name for it, the file that is to be made, the guest's size of it, and what it takes up
+    at the source. `backing`: the file under the copied layer, which is there already."""
+
+    target: Annotated[str, Field(pattern=TARGET_PATTERN)]
+    path: DiskPath
+    format: DiskFormat
+    capacity_bytes: DiskBytes
+    allocation_bytes: DiskBytes
+    backing: DiskPath | None = None
+    backing_format: DiskFormat | None = None
+
+
 class DomainWish(_Message):
-    """The VM is a domain of libvirt: of which libvirtd, and what its metadata says for policies, as the source has it."""
+    """The VM is a domain of libvirt: of which libvirtd, and what its metadata says for policies, as the source has it; and the
+    disks that are copied, each on a lane after those of QEMU's."""
 
     uri: DomainUri
     least_level: Annotated[int, Field(ge=0, le=4)]
     labels: Labels
+    disks: Annotated[list[DiskWish], Field(max_length=COPIED_DISKS_MAX)] = Field(default_factory=list)
 
 
 class Prepare(_Message):

@@ -111,6 +111,7 @@ class SourceMigration(Job):
         self._monitoring = GuestMonitoring(migration.protection, self.log)
         self._by_postcopy = False
         self._rate = 0
+        self._disk_figures: dict[str, Any] = {}  # Progress's, where libvirt copies disks
         self._wire_bytes_before = 0
 
     async def run(self) -> None:
@@ -180,6 +181,8 @@ class SourceMigration(Job):
         vm = self.description = await qemu.describe()
         if vm.run_state != "running":
             raise ControlError("vm.not-running", f"QEMU says that the VM is {vm.run_state}")
+        if self._request.copy_storage != "none":
+            raise make_error("usage.argument", "disks are copied of domains of libvirt only")
         if vm.migration_status in {"setup", "active", "pre-switchover", "device", "cancelling"}:
             raise ControlError("vm.busy", "QEMU is in a migration that is not Sealane's")
         self._ran_before = True
@@ -250,14 +253,15 @@ class SourceMigration(Job):
         limit = launch_s + CHANNEL_ANSWER_TIMEOUT_S
         return await self._watch(enclave.expect(messages.Prepared, limit))
 
-    async def _open_lanes(self, enclave: EnclaveProcess, path: Path, count: int) -> None:
+    async def _open_lanes(self, enclave: EnclaveProcess, path: Path, count: int, *, attached: int = 0) -> None:
+        """So many lanes in all; the last `attached` are not dialled at `path`, but attached afterwards."""
         listener = listen_for_vm(path, count)
         try:
             connections = await all_or_none([self._dial() for _ in range(count)])
         except BaseException:
             listener.close()
             raise
-        enclave.call(OpenLanes(reduce=self._request.reduce), listener, *connections)
+        enclave.call(OpenLanes(reduce=self._request.reduce, attached=attached), listener, *connections)
         await self._watch(enclave.wait(enclave.lanes_open, LANE_OPEN_TIMEOUT_S, "peer.slow", "answer on the lanes"))
 
     async def _dial(self, *, is_channel: bool = False) -> socket.socket:
@@ -336,6 +340,7 @@ class SourceMigration(Job):
                 converges=outlook.converges,
                 stalled_s=outlook.stalled_s,
                 throttle_percent=status.throttle_percent,
+                **self._disk_figures,
             )
         )
 
