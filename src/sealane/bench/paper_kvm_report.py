@@ -25,6 +25,8 @@ SHARE, SHARE_ABOUT = 75.0, 5.0
 PAPER_PAIRS: Final = (("normal", "hrt"), ("hrt", "tls"))
 OTHER_PAIRS: Final = (("normal", "sealed"), ("sealed", "hrt"), ("sealed", "tls"), ("sealed", "ssh"), ("hrt", "rc4"))
 _UNDECIDED: Final = "the runs spread wider than the two ways differ, or the sizes disagree"
+_FULL_PERCENT: Final = 95.0
+_FULL: Final = "both fill every processor of the machine at their peak: what each costs shows in the CPU time below"
 # Why a claim came out as it did: read off the design, not measured by this bench
 _WHY: Final = {
     "total_ms": {
@@ -77,14 +79,17 @@ def _judge_pair(
 ) -> dict[str, Any] | None:
     """One order of two ways: judged for each size, and the sizes together. None where one of them was not measured."""
     sizes: dict[int, Verdict] = {}
+    is_full = metric == "peak_cpu_percent"
     for memory in _present(samples, "memory_mib"):
         first, second = (_values(samples, load, memory, way, metric) for way in (lower, upper))
         if first and second:
             sizes[memory] = judge_below(first, second, least=LEAST[metric])
+            is_full = is_full and statistics.median([*first, *second]) >= _FULL_PERCENT
     if not sizes:
         return None
     verdict = together(list(sizes.values()))
-    why = _UNDECIDED if verdict == "undecided" else _WHY[metric].get(f"{lower} < {upper} {verdict}", "")
+    undecided = _FULL if is_full else _UNDECIDED
+    why = undecided if verdict == "undecided" else _WHY[metric].get(f"{lower} < {upper} {verdict}", "")
     by_size = ", ".join(f"{memory} MB {told}" for memory, told in sizes.items())
     why = f"{by_size}. {why}".rstrip() if len(sizes) > 1 else why
     return {"claim": f"{_head(lower)} < {_head(upper)}", "verdict": verdict, "why": why}
