@@ -21,8 +21,7 @@ def check_binding(user_data: bytes, reference: Reference, findings: Findings) ->
         findings.add("binding.unchecked", "no expected user data was given: the evidence may be old or another's")
         return
     expected = bytes.fromhex(reference.user_data)
-    same = len(expected) <= len(user_data) and hmac.compare_digest(expected.ljust(len(user_data), b"\0"), user_data)
-    if not same:
+    if not hmac.compare_digest(expected.ljust(len(user_data), b"\0"), user_data):
         findings.add("binding.mismatch", "the user data is not what was asked for: other evidence, or another channel")
 
 

@@ -28,7 +28,7 @@ _LINE: Final = re.compile(rb"^\s*\d{1,2} [0-9a-f]{40,128} (ima|ima-ng|ima-sig|im
 _NAME_STARTS: Final = tuple(4 + size + 4 for size in _DIGESTS)  # where a binary log has the first template's name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImaEntry:
     """One measurement. `encoded` is what the template digest covers."""
 
