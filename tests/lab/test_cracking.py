@@ -54,6 +54,11 @@ def test_nothing_is_found_in_noise_or_nothing(codec: str) -> None:
             broken.decode(pages)
 
 
+@pytest.mark.parametrize("codec", ["affine", "shift", "hrt", "rc4"])
+def test_no_pages_are_not_called_noise(codec: str) -> None:
+    assert break_codec(codec, PAGES[:0]).how == ["no encoded pages in the capture: nothing to attack"]
+
+
 def test_rc4_falls_where_a_key_is_used_twice() -> None:
     once, again = encoded("rc4", KEYS[0]), np.empty_like(PAGES)
     other = PAGES[::-1].copy()

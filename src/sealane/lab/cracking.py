@@ -352,6 +352,8 @@ def rc4_bias(*, keys: int = 1 << 15, seed: int = 1) -> float:
 def break_codec(codec: str, pages: Pages) -> Broken:
     """The attack on a codec of that name; under `rc4` none works on pages of one capture."""
     attacks = {"affine": break_affine, "shift": break_shift, "hrt": break_hrt}
+    if not len(pages):
+        return Broken(codec, how=["no encoded pages in the capture: nothing to attack"])
     if codec in attacks:
         return attacks[codec](pages)
     return Broken(codec, how=["no attack on pages of one capture"], pages_used=len(pages))
