@@ -28,6 +28,8 @@ def test_a_difference_must_be_larger_than_spread_and_margin() -> None:
     assert verdicts.judge_below([80, 100, 120], [110, 120, 130]) == "undecided", "less than the spread"
     assert verdicts.judge_below([10, 10, 10], [12, 12, 12], least=5) == "undecided", "less than can be measured"
     assert verdicts.judge_below([], [1]) == "undecided"
+    assert verdicts.judge_below([100, 100], [200, 200]) == "undecided", "two values have no spread to speak of"
+    assert verdicts.judge_at_most([10, 10], 20) == "undecided"
     assert verdicts.judge_at_most([10, 11, 12], 20) == "holds"
     assert verdicts.judge_at_most([10, 11, 12], 10.5) == "undecided"
     assert verdicts.judge_at_most([10, 11, 12], 5) == "fails"

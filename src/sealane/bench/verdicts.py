@@ -2,7 +2,7 @@
 
 A claim "a is below b" is judged by the medians: it `holds`, or `fails` where b is below a, if they are further apart than both the
 spread (the larger interquartile range of the two) and a margin (5 % of the smaller median, and what the quantity cannot be
-measured finer than). Anything else is `undecided`: another run might say otherwise, and nothing is claimed.
+measured finer than). Anything else is `undecided`, as is what has fewer than three values: another run might say otherwise.
 """
 
 import statistics
@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 Verdict: TypeAlias = Literal["holds", "fails", "undecided"]
 MARGIN: Final = 0.05
+LEAST_VALUES: Final = 3  # fewer have no spread to speak of
 RULE: Final = (
     f"A claim holds or fails where the medians are further apart than the larger interquartile range and than {MARGIN:.0%}; "
     "else it is undecided."
@@ -19,7 +20,7 @@ RULE: Final = (
 
 def judge_below(lower: Sequence[float], upper: Sequence[float], *, least: float = 0.0) -> Verdict:
     """Whether the first values are below the second ones; `least` is the smallest difference that means anything."""
-    if not lower or not upper:
+    if min(len(lower), len(upper)) < LEAST_VALUES:
         return "undecided"
     first, second = statistics.median(lower), statistics.median(upper)
     apart = abs(second - first)
@@ -30,7 +31,7 @@ def judge_below(lower: Sequence[float], upper: Sequence[float], *, least: float 
 
 def judge_at_most(values: Sequence[float], most: float) -> Verdict:
     """Whether the values are at most so much: by their median, where that is further from it than they spread."""
-    if not values:
+    if len(values) < LEAST_VALUES:
         return "undecided"
     middle = statistics.median(values)
     if abs(middle - most) <= spread(values):
