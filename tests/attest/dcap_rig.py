@@ -147,6 +147,7 @@ class DcapRig:
     td_attributes: int = 1 << 28
     tee_tcb_svn: bytes = bytes([3, 1, 5]) + bytes(13)
     mr_signer_seam: bytes = bytes(48)
+    seam_attributes: bytes = bytes(8)
     mr_service_td: bytes = bytes(48)
     sgx_attributes: bytes = bytes([5]) + bytes(15)
     # the quoting enclave
@@ -200,7 +201,7 @@ class DcapRig:
     def body(self) -> bytes:
         if self.sgx:
             return enclave_report(self.sgx_attributes, b"\x0a" * 32, b"\x0b" * 32, 7, 3, self.user_data)
-        report = self.tee_tcb_svn + b"\x01" * 48 + self.mr_signer_seam + bytes(8)
+        report = self.tee_tcb_svn + b"\x01" * 48 + self.mr_signer_seam + self.seam_attributes
         report += struct.pack("<Q", self.td_attributes) + bytes(8) + b"\x02" * 48 + bytes(144)
         report += b"".join(bytes([3 + index]) * 48 for index in range(4)) + self.user_data
         return report + (bytes(16) + self.mr_service_td if self.version == 5 and self.td_15 else b"")

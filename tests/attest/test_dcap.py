@@ -37,6 +37,15 @@ def test_a_whole_platform_reaches_the_highest_level_only_where_its_test_root_is_
 
 _ANY_MODE = {"attributesMask": "F9" + "FF" * 7 + "00" * 8}  # an identity that would let the debug bit pass
 
+# A TCB info whose mask lets every attribute of a module pass, and a level as those of SGX are.
+ANY_MODULE = {
+    "tdxModuleIdentities": [
+        {"id": "TDX_01", "mrsigner": "00" * 48, "attributes": "00" * 8, "attributesMask": "00" * 8,
+         "tcbLevels": [{"tcb": {"isvsvn": 3}, "tcbStatus": "UpToDate"}]}
+    ]
+}  # fmt: skip
+SGX_ALONE = {"sgxtcbcomponents": [{"svn": 5}] * 16, "pcesvn": 11}
+
 REFUSALS: list[Case] = [
     ("another vendor's quoting enclave", {"vendor": bytes(16)}, "dcap.qe-vendor"),
     ("the quote's signature", {"spoil": ("quote",)}, "dcap.quote-signature"),
@@ -87,6 +96,13 @@ REFUSALS: list[Case] = [
     ("TDX module below every level", {"tee_tcb_svn": bytes([1, 1, 5]) + bytes(13)}, "dcap.tcb-unknown"),
     ("TDX module of no version known", {"tee_tcb_svn": bytes([3, 9, 5]) + bytes(13)}, "dcap.tdx-module"),
     ("TDX module of another signer", {"mr_signer_seam": b"\x01" * 48}, "dcap.tdx-module"),
+    ("TDX module with other attributes", {"seam_attributes": b"\x01" + bytes(7)}, "dcap.tdx-module"),
+    (
+        "TDX module with attributes beyond the mask",
+        {"seam_attributes": b"\x01" + bytes(7), "tcb": ANY_MODULE},
+        "dcap.tdx-module",
+    ),
+    ("TCB levels without a TD's components", {"level": {"tcb": SGX_ALONE}}, "dcap.tcb-unknown"),
     ("TCB revoked", {"level": {"tcbStatus": "Revoked"}}, "dcap.tcb-revoked"),
     ("TCB out of date", {"level": {"tcbStatus": "OutOfDate"}}, "dcap.tcb-out-of-date"),
     ("and to configure", {"level": {"tcbStatus": "OutOfDateConfigurationNeeded"}}, "dcap.tcb-out-of-date"),
