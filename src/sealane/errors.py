@@ -167,6 +167,7 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         "vtpm.blob-type": Entry("one part of the TPM's state came in the place of another", _TPM_STATE),
         "vtpm.blob-migration": Entry("the TPM's state that came is of another migration", _TPM_STATE),
         "vtpm.blob-altered": Entry("the TPM's state was changed on its way", _TPM_STATE),
+        "vtpm.not-brought": Entry("the VM came without its TPM's state", _TPM_STATE),
         "peer.unreachable": Entry(
             "no connection to the peer", "is its agent up, its address right, its port open?", True
         ),
@@ -520,6 +521,10 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
             "find out who did it; what was sealed then cannot be opened any more",
         ),
         "vtpm.foreign": Entry("the files are those of another VM's TPM", "put the VM's own files back"),
+        "vtpm.ahead": Entry(
+            "the TPM ended before its last writes were noted: its files are newer than the record, or from earlier in its last run",
+            "if nobody can have put them there, `sealane vtpm start VM --after-crash`",
+        ),
         "vtpm.altered": Entry(
             "the TPM's files, or the record of them, were changed", "put the files back as they were written"
         ),

@@ -1,93 +1,28 @@
 """A VM's own TPM: real swtpm, real QEMU, hosts with a software TPM each, and a guest that uses its TPM all the time."""
 
-import itertools
 import json
-import re
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
-from sealane.errors import SealaneError
-from sealane.host.models import Migration, MigrationRequest, VmDefinition, VtpmView
+from sealane.host.models import Migration, MigrationRequest
 from sealane.testing.attested import AttestedHosts
 from sealane.testing.machine import Hardware, Workload, migrate_plainly
-from sealane.testing.pair import AgentHost, Guest, HostPair, make_pair
+from sealane.testing.pair import AgentHost, make_pair
 from sealane.testing.problems import RigError
 from sealane.testing.qemu import find_qemu
 from sealane.testing.wiretap import Wiretap
 from sealane.vtpm.swtpm import STATE_FILE, manufacture
+from tests.e2e.tpmguest import TpmGuest
 
 pytestmark = pytest.mark.e2e
 
 HARDWARE = Hardware(memory_mib=128)
 PLANTED = "planted where nobody should find it"
 SECRET = "a word that only this TPM knows"
-_LINE = re.compile(r"tpm (\d+) ek=(\w+) key=(\w+) counter=(\d+) secret=(\w+)")
-
-
-class TpmGuest:
-    """The guest, and what it says of its TPM."""
-
-    def __init__(self, pair: HostPair, guest: Guest) -> None:
-        self.pair, self.guest, self.home, self.away = pair, guest, pair.a, pair.b
-
-    def start(self) -> None:
-        with self.home.client() as client:
-            client.start_vtpm(self.guest.name)
-        self.pair.start_guest(self.guest, self.home, warm=False)
-        self.wait_uses(2)
-
-    def uses(self) -> list[tuple[str, ...]]:
-        return _LINE.findall(self.guest.console.text)
-
-    def wait_uses(self, count: int) -> None:
-        wanted, deadline = len(self.uses()) + count, time.monotonic() + 30.0
-        while len(self.uses()) < wanted:
-            assert "TPM FAILED" not in self.guest.console.text, self.guest.console.lines[-5:]
-            assert time.monotonic() < deadline, self.guest.console.lines[-5:]
-            time.sleep(0.05)
-
-    def assert_whole(self) -> None:
-        """The TPM is the one that it was: nothing changed, the counter missed nothing, the session was always good."""
-        self.wait_uses(3)
-        uses = self.uses()
-        assert "TPM FAILED" not in self.guest.console.text
-        assert len({(ek, key) for _, ek, key, _, _ in uses}) == 1
-        assert {secret for *_, secret in uses} == {"right"}
-        for before, after in itertools.pairwise(uses):
-            assert (int(after[0]), int(after[3])) == (int(before[0]) + 1, int(before[3]) + 1)
-
-    def exchange(self) -> None:
-        self.home, self.away = self.away, self.home
-
-    def view(self, end: AgentHost) -> VtpmView:
-        with end.client() as client:
-            return client.vtpm(self.guest.name)
-
-    def refusal(self, end: AgentHost, what: Literal["start", "verify"]) -> str:
-        """The code with which the host refuses it."""
-        with end.client() as client:
-            try:
-                client.start_vtpm(self.guest.name) if what == "start" else client.change_vtpm(self.guest.name, what)
-            except SealaneError as refused:
-                return refused.code
-        return "not refused"
-
-    def redefine(self, end: AgentHost, **changes: Any) -> None:
-        with end.client() as client:
-            known = client.vm(self.guest.name)
-            client.remove_vm(self.guest.name)
-            facts = known.model_dump(include=set(VmDefinition.model_fields))
-            client.add_vm(VmDefinition.model_validate({**facts, **changes}))
-
-    def files(self, end: AgentHost) -> list[Path]:
-        """Everything that lies where this host keeps the TPM, its keys among it."""
-        places = (end.host.scratch / "vtpm", end.host.paths.state / "vtpm")
-        return [path for place in places for path in place.rglob("*") if path.is_file()]
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,10 @@
 """Real keepers and swtpms, with stand-ins for QEMU (which speaks its control channel) and for the rest of the enclave."""
 
 import fcntl
-import json
 import os
 import select
 import socket
 import struct
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,13 +16,16 @@ from sealane.enclave.vtpm import VtpmStates
 from sealane.errors import SealaneError
 from sealane.vtpm.control import BlobType, Command
 from sealane.vtpm.envelope import Journey, StateSealer
-from sealane.vtpm.keeper import Order, call_keeper
+from sealane.vtpm.keeper import call_keeper
+from sealane.vtpm.launcher import KeeperLauncher
+from sealane.vtpm.order import Order
 from sealane.vtpm.record import Record, Records
 
 SECRET = bytes(range(32))
 JOURNEY = Journey("web01", 0, b"m" * 16)
 READ_EK = bytes.fromhex("80010000000e0000017381010001")
 STARTUP = bytes.fromhex("80010000000c000001440000")
+LAUNCHER = KeeperLauncher()  # it ends with this process
 
 
 class KeeperProcess:
@@ -46,17 +46,7 @@ class KeeperProcess:
         )
 
     def start(self, how: str, **changes: Any) -> "KeeperProcess":
-        order = replace(self.order, how=how, **changes)
-        done = subprocess.run(
-            [sys.executable, "-m", "sealane.vtpm"],
-            input=order.encode(),
-            stdout=subprocess.PIPE,
-            timeout=60,
-            check=False,
-        )
-        answer = json.loads(done.stdout)
-        if "error" in answer:
-            raise SealaneError(answer["error"]["code"], answer["error"]["detail"])
+        LAUNCHER.launch(replace(self.order, how=how, **changes), 2)
         return self
 
     def call(self, call: str, **said: Any) -> dict[str, Any]:

@@ -225,7 +225,7 @@ def test_every_field_of_a_record_is_authenticated() -> None:
     record.verify(key)
     changes: dict[str, Any] = {
         "vm": "web02", "status": "gone", "epoch": 2, "version": 1, "storage": "/t", "directory": "e", "digest": "a" * 64,
-        "past": ("b" * 64,), "ek_sha256": "c" * 64, "migration": "m", "mac": "d" * 64,
+        "past": ("b" * 64,), "ek_sha256": "c" * 64, "migration": "m", "running": True, "mac": "d" * 64,
         "key": KeyReference(root="file", counter=2),
     }  # fmt: skip
     assert set(changes) == {each.name for each in fields(Record)}

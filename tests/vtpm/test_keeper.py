@@ -1,8 +1,11 @@
 """A keeper between QEMU, swtpm and enclaves: state leaves and enters only sealed, whole, and where it belongs."""
 
 import os
+import signal
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,9 @@ import pytest
 from sealane.errors import SealaneError
 from sealane.vtpm.control import TPM_FAIL, BlobType, Command
 from sealane.vtpm.envelope import Journey, StateSealer
-from sealane.vtpm.swtpm import STATE_FILE
+from sealane.vtpm.launcher import KeeperLauncher
+from sealane.vtpm.record import digest_of
+from sealane.vtpm.swtpm import STATE_FILE, Swtpm, manufacture
 from tests.vtpm.rig import (
     JOURNEY,
     READ_EK,
@@ -102,6 +107,145 @@ def test_it_arrives_and_is_the_same_tpm(
         qemu.tpm(STARTUP)
         assert qemu.tpm(READ_EK) == ek
         again.call("verify")
+
+
+def test_what_comes_is_noted_when_it_is_whole_and_not_while_its_vm_stands_still(blobs: Blobs, tmp_path: Path) -> None:
+    keeper = receive(tmp_path)
+    qemu = QemuStandIn(keeper)
+    enclave = EnclaveStandIn(keeper, JOURNEY, is_source=False)
+    try:
+        with pytest.raises(SealaneError, match=r"vtpm\.not-brought"):
+            keeper.call("loaded")
+        assert [qemu.set(each, blobs[each]) for each in TYPES] == [0, 0, 0]
+        with pytest.raises(SealaneError, match=r"vtpm\.not-brought"):
+            keeper.call("loaded")  # brought, and swtpm has not taken it
+        assert qemu.init(incoming=True) == 0
+        keeper.call("status")
+        assert keeper.record().digest == ""
+        keeper.call("loaded")
+        record = keeper.record()
+        assert (record.status, record.digest) == ("incoming", digest_of((record.path / STATE_FILE).read_bytes()))
+        record.verify(keeper.order.vault().root_of(record.key).unwrap(record.key))  # its key is on the disk
+    finally:
+        qemu.close()
+        enclave.close()
+        keeper.end()
+
+
+def test_a_key_that_cannot_be_kept_is_known_before_the_ticket(blobs: Blobs, tmp_path: Path) -> None:
+    keeper = KeeperProcess(tmp_path).start("receive", migration="m", tcti="device:/dev/null")
+    qemu = QemuStandIn(keeper)
+    enclave = None
+    try:
+        with suppress(SealaneError):  # it may know already
+            enclave = EnclaveStandIn(keeper, JOURNEY, is_source=False)
+            assert [qemu.set(each, blobs[each]) for each in TYPES] == [0, 0, 0]
+            assert qemu.init(incoming=True) == 0
+        for call in ("loaded", "taken"):
+            with pytest.raises(SealaneError, match=r"vtpm\.(root|not-brought)"):
+                keeper.call(call, epoch=1, version=1)
+    finally:
+        qemu.close()
+        if enclave is not None:
+            enclave.close()
+        keeper.end()
+    assert keeper.record().status == "incoming"
+    keeper.order.vault().destroy()
+    assert keeper.record().status == "gone"
+
+
+def killed_between_a_write_and_its_note(root: Path) -> KeeperProcess:
+    """A launch that ended with files which its record does not know."""
+    keeper = KeeperProcess(root).start("create")
+    qemu = QemuStandIn(keeper)
+    assert qemu.init() == 0
+    pid = keeper.call("status")["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    qemu.tpm(STARTUP)  # which writes
+    os.kill(pid, signal.SIGKILL)
+    wait_for_end(pid)
+    qemu.close()
+    return keeper
+
+
+def test_a_keeper_that_was_killed_leaves_files_that_an_operator_may_take(tmp_path: Path) -> None:
+    keeper = killed_between_a_write_and_its_note(tmp_path)
+    record = keeper.record()
+    path = record.path / STATE_FILE
+    newest = path.read_bytes()
+    assert record.running
+    for how in ("open", "open"):
+        with pytest.raises(SealaneError, match=r"vtpm\.ahead"):
+            keeper.start(how)
+    # what was never this launch's is not taken for it
+    for other in (newest[:-1] + bytes([newest[-1] ^ 1]), b"\x01" + newest[1:], manufacture_into(tmp_path)):
+        path.write_bytes(other)
+        with pytest.raises(SealaneError, match=r"vtpm\.altered"):
+            keeper.start("reopen")
+    path.write_bytes(newest)
+    keeper.start("reopen")
+    try:
+        assert keeper.record().ek_sha256 == record.ek_sha256
+        assert record.digest in keeper.record().past
+    finally:
+        keeper.end()
+    assert not keeper.record().running
+    keeper.start("open").end()
+
+
+def manufacture_into(root: Path) -> bytes:
+    (root / "made").mkdir()
+    return manufacture(root / "made")
+
+
+def test_an_older_copy_is_not_taken_after_a_crash_either(tmp_path: Path) -> None:
+    keeper = KeeperProcess(tmp_path).start("create")
+    qemu = QemuStandIn(keeper)
+    assert qemu.init() == 0
+    keeper.call("verify")
+    path = keeper.record().path / STATE_FILE
+    old = path.read_bytes()
+    qemu.tpm(STARTUP)
+    keeper.call("verify")
+    pid = keeper.call("status")["pid"]
+    os.kill(pid, signal.SIGKILL)
+    wait_for_end(pid)
+    qemu.close()
+    path.write_bytes(old)
+    with pytest.raises(SealaneError, match=r"vtpm\.stale"):
+        keeper.start("reopen")
+
+
+def test_after_an_orderly_end_there_is_nothing_ahead_of_the_record(tmp_path: Path) -> None:
+    keeper = killed_between_a_write_and_its_note(tmp_path)
+    keeper.start("reopen").end()
+    record = keeper.record()
+    key = keeper.order.vault().root_of(record.key).unwrap(record.key)
+    swtpm = Swtpm(record.path, key)  # somebody who has the key writes where nobody looks
+    swtpm.control.start()
+    swtpm.endorsement_key()
+    swtpm.stop()
+    with pytest.raises(SealaneError, match=r"vtpm\.altered"):
+        keeper.start("reopen")
+
+
+def test_keepers_outlive_their_launcher_and_another_takes_its_place(tmp_path: Path) -> None:
+    launcher = KeeperLauncher()
+    first, second = KeeperProcess(tmp_path, "web01"), KeeperProcess(tmp_path, "web02")
+    second.order = replace(second.order, control_path=str(tmp_path / "c2"), admin_path=str(tmp_path / "a2"))
+    try:
+        launcher.launch(replace(first.order, how="create"), 2)
+        assert launcher._process is not None
+        launcher._process.kill()
+        launcher._process.wait()
+        launcher.launch(replace(second.order, how="create"), 2)
+        launcher.stop()
+        first.call("verify")
+        second.call("verify")
+    finally:
+        launcher.stop()
+        first.end()
+        second.end()
 
 
 def flipped(blobs: Blobs) -> Blobs:
@@ -230,7 +374,7 @@ def test_a_copy_that_is_put_back_while_it_runs_is_not_taken_for_swtpms(tmp_path:
         os.replace(tmp_path / "old", path)
         with pytest.raises(SealaneError, match=r"vtpm\.stale"):
             keeper.call("verify")
-    assert keeper.record() == good
+    assert (keeper.record().digest, keeper.record().version) == (good.digest, good.version)
     with pytest.raises(SealaneError, match=r"vtpm\.stale"):
         KeeperProcess(tmp_path).start("open")
 

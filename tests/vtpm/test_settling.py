@@ -133,6 +133,7 @@ def brought(host: Host, tmp_path: Path) -> QemuStandIn:
     enclave = EnclaveStandIn(host.keeper, JOURNEY, is_source=False)
     assert [qemu.set(each, blobs[each]) for each in TYPES] == [0, 0, 0]
     assert qemu.init(incoming=True) == 0
+    asyncio.run(host.vtpms.loaded(host.definition))  # without which no ticket is taken
     enclave.close()
     return qemu
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import importlib
 import os
+import shutil
 import stat
 import subprocess
 import time
@@ -403,21 +404,39 @@ def _aead_rate() -> float:
 
 
 def check_vtpm(context: Context) -> Iterator[Finding]:
-    """Which swtpm is here for VMs with a TPM of their own, what it cannot do, and what the keys of their files are under."""
-    with contextlib.suppress(SealaneError):
+    """Which swtpm is here for VMs with a TPM of their own, what it cannot do, and what the keys of their files are under.
+
+    What is missing is broken where a VM needs it.
+    """
+    in_host_tpm = "tpm2" in load_settings(context.paths.config).attestation.drivers
+    with_tpm = _vms_with_tpm(context)
+    lacking: Level = "broken" if with_tpm else "ok"
+    needed = (
+        f"; {', '.join(with_tpm[:3])} cannot live here" if with_tpm else ": no VM with a TPM of its own can live here"
+    )
+    try:
         found = swtpm.version()
-        limits = "" if found >= _SWTPM_HANDS_OVER else "; no hand-over of its lock on shared storage, which is not used"
-        yield Finding("swtpm", "ok", f"{'.'.join(map(str, found))}{limits}")
-        if "tpm2" in load_settings(context.paths.config).attestation.drivers:
-            yield Finding("vTPM keys", "ok", "sealed in the host's TPM")
-        else:
-            mend = "with a TPM in this host, add tpm2 to `attestation.drivers`"
-            yield Finding(
-                "vTPM keys", "ok", "in files of the agent's: whoever copies its state directory has them", mend
-            )
+    except SealaneError as error:
+        yield Finding("swtpm", lacking, f"{error.detail}{needed}", "for such VMs install swtpm, swtpm-tools")
         return
-    words_ = "not here, or older than 0.7.0: no VM with a TPM of its own can live here"
-    yield Finding("swtpm", "ok", words_, "for such VMs install swtpm, swtpm-tools")
+    limits = "" if found >= _SWTPM_HANDS_OVER else "; no hand-over of its lock on shared storage, which is not used"
+    yield Finding("swtpm", "ok", f"{'.'.join(map(str, found))}{limits}")
+    tools = {"swtpm_setup": "swtpm-tools"} | ({"tpm2_nvread": "tpm2-tools"} if in_host_tpm else {})
+    for tool, package in tools.items():
+        if shutil.which(tool) is None:
+            yield Finding("swtpm", lacking, f"{tool} is missing{needed}", f"install {package}")
+    if in_host_tpm:
+        yield Finding("vTPM keys", "ok", "sealed in the host's TPM")
+    else:
+        mend = "with a TPM in this host, add tpm2 to `attestation.drivers`"
+        yield Finding("vTPM keys", "ok", "in files of the agent's: whoever copies its state directory has them", mend)
+
+
+def _vms_with_tpm(context: Context) -> list[str]:
+    """Their names, as far as the agent says them."""
+    with contextlib.suppress(SealaneError), AgentClient(context.paths.agent_socket) as agent:
+        return [vm.name for vm in agent.vms() if vm.vtpm is not None]
+    return []
 
 
 def check_tls(context: Context) -> Iterator[Finding]:

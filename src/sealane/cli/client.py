@@ -231,9 +231,10 @@ class AgentClient:
         """A VM's TPM."""
         return self._one(VtpmView, "GET", f"/v1/vms/{_segment(name)}/vtpm")
 
-    def start_vtpm(self, name: str, *, adopt: bool = False, anew: bool = False) -> VtpmView:
+    def start_vtpm(self, name: str, *, adopt: bool = False, anew: bool = False, after_crash: bool = False) -> VtpmView:
         """Start a VM's TPM."""
-        query = {key: "true" for key, wanted in (("adopt", adopt), ("anew", anew)) if wanted}
+        wishes = {"adopt": adopt, "anew": anew, "after_crash": after_crash}
+        query = {key: "true" for key, wanted in wishes.items() if wanted}
         answer = self._ask("POST", f"/v1/vms/{_segment(name)}/vtpm/start", query=query)
         return self._as(VtpmView, answer)
 

@@ -36,19 +36,29 @@ def start(
     anew: Annotated[
         bool, typer.Option("--anew", help="Make a new TPM although one of this VM was here and has left.")
     ] = False,
+    after_crash: Annotated[
+        bool,
+        typer.Option(
+            "--after-crash", help="Take the files of a TPM that was killed before its last writes were noted."
+        ),
+    ] = False,
     out: Output,
 ) -> None:
     """Start a VM's TPM before its QEMU; the first time it is made.
 
-    QEMU is given the socket that is printed: -chardev socket,id=chrtpm,path=SOCKET -tpmdev emulator,id=tpm0,chardev=chrtpm
-    -device tpm-tis,tpmdev=tpm0. It ends with QEMU.
+    QEMU is given the socket that is printed, and the TPM ends with it:
+
+    \b
+      -chardev socket,id=chrtpm,path=SOCKET
+      -tpmdev emulator,id=tpm0,chardev=chrtpm
+      -device tpm-tis,tpmdev=tpm0
 
     \b
     Example:
       sealane vtpm start web01
     """
     with AgentClient() as agent:
-        view = agent.start_vtpm(name, adopt=adopt, anew=anew)
+        view = agent.start_vtpm(name, adopt=adopt, anew=anew, after_crash=after_crash)
     out.object(view.model_dump(mode="json"))
     out.line(f"✓ the TPM of {name} waits for QEMU at {view.control}")
 

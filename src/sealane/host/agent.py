@@ -263,10 +263,10 @@ class Agent:
             )
         return found
 
-    async def start_vtpm(self, name: str, *, adopt: bool, anew: bool) -> VtpmView:
+    async def start_vtpm(self, name: str, *, adopt: bool, anew: bool, after_crash: bool) -> VtpmView:
         """Start a VM's TPM; raises `vm.busy` during a migration, and what `Vtpms.start` does."""
         self._check_idle(name)
-        return await self.vtpms.start(name, adopt=adopt, anew=anew)
+        return await self.vtpms.start(name, adopt=adopt, anew=anew, after_crash=after_crash)
 
     async def stop_vtpm(self, name: str) -> VtpmView:
         """End a VM's TPM; raises `vm.busy`."""
@@ -336,6 +336,8 @@ class Agent:
     async def _serve(self, stack: AsyncExitStack, recovery: Recovery, doubts: Doubts) -> None:
         stack.push_async_callback(self.launcher.stop)
         self.launcher.start()
+        stack.push_async_callback(self.vtpms.close)
+        self.vtpms.prepare(vm for vm, _source in self.registry.definitions().values())
         stack.push_async_callback(self.quoting.stop)
         self.quoting.start()
         await self.listener.start()

@@ -88,7 +88,7 @@ class ApiAgent(Protocol):
     async def begin_migration(self, request: MigrationRequest, caller: Caller = UNKNOWN_CALLER) -> Migration:
         """Begin to move a VM away."""
 
-    async def start_vtpm(self, name: str, *, adopt: bool, anew: bool) -> VtpmView:
+    async def start_vtpm(self, name: str, *, adopt: bool, anew: bool, after_crash: bool) -> VtpmView:
         """Start a VM's TPM."""
 
     async def stop_vtpm(self, name: str) -> VtpmView:
@@ -259,7 +259,8 @@ def _add_vms(app: FastAPI, agent: ApiAgent) -> None:
     @app.post("/v1/vms", tags=["vms"], summary="Register a VM", status_code=201)
     async def add_vm(vm: VmDefinition) -> Vm:
         """Make a VM known by its QMP socket, and how it is launched here to receive it."""
-        return await agent.registry.look(agent.registry.add(vm).name)
+        agent.vtpms.prepare([agent.registry.add(vm)])
+        return await agent.registry.look(vm.name)
 
     @app.get("/v1/vms/{name}", tags=["vms"], summary="One VM")
     async def get_vm(name: str) -> Vm:
@@ -290,9 +291,12 @@ def _add_vtpms(app: FastAPI, agent: ApiAgent) -> None:
         name: str,
         adopt: Annotated[bool, Query(description="Take over state that lies in its directory in clear.")] = False,
         anew: Annotated[bool, Query(description="Make a new one although one was here and left.")] = False,
+        after_crash: Annotated[
+            bool, Query(description="Take files that its last launch wrote and did not note.")
+        ] = False,
     ) -> VtpmView:
         """Start it, made anew where there was none; QEMU may be started afterwards."""
-        return await agent.start_vtpm(name, adopt=adopt, anew=anew)
+        return await agent.start_vtpm(name, adopt=adopt, anew=anew, after_crash=after_crash)
 
     @app.post("/v1/vms/{name}/vtpm/stop", tags=["vtpms"], summary="End a VM's TPM")
     async def stop_vtpm(name: str) -> VtpmView:

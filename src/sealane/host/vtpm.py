@@ -6,13 +6,10 @@ journal: a TPM whose VM was given up is destroyed, one that came with a VM that 
 
 import asyncio
 import contextlib
-import json
 import os
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -25,16 +22,16 @@ from sealane.host.config import Settings
 from sealane.host.migration.enclave_process import uninterrupted
 from sealane.host.models import Migration, VmDefinition, VtpmFacts, VtpmView
 from sealane.host.store import Store
-from sealane.limits import VTPM_START_TIMEOUT_S
 from sealane.paths import Paths
 from sealane.vtpm import swtpm
-from sealane.vtpm.keeper import Order, call_keeper, listen_at
+from sealane.vtpm.keeper import call_keeper, listen_at
+from sealane.vtpm.launcher import KeeperLauncher
+from sealane.vtpm.order import Order
 from sealane.vtpm.record import Record, Records
 from sealane.vtpm.vault import Vault
 
 _END_WAIT_S: Final = 10.0
 _LOOK_EVERY_S: Final = 0.02
-_OURS_ALONE: Final = frozenset({"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID"})
 Pause = Callable[[VmDefinition], AbstractAsyncContextManager[None]]
 _log = structlog.get_logger()
 
@@ -47,6 +44,17 @@ class Vtpms:
         self._records = Records(paths.state / "vtpm")
         attestation = settings.attestation
         self._tcti = attestation.tcti if "tpm2" in attestation.drivers else None
+        self._launcher = KeeperLauncher()
+
+    def prepare(self, vms: Iterable[VmDefinition]) -> None:
+        """Have keepers at hand where a VM has a TPM: a migration would wait for them. Raises nothing."""
+        if any(vm.vtpm is not None for vm in vms):
+            with contextlib.suppress(SealaneError):  # the first that is wanted says it
+                self._launcher.start()
+
+    async def close(self) -> None:
+        """What goes with the agent; keepers stay."""
+        await asyncio.to_thread(self._launcher.stop)
 
     def control_path(self, vm: str) -> Path:
         """Where QEMU finds the TPM's control channel (`-chardev socket,path=`)."""
@@ -75,17 +83,20 @@ class Vtpms:
 
     # ---- what the operator asks for
 
-    async def start(self, name: str, *, adopt: bool = False, anew: bool = False) -> VtpmView:
+    async def start(self, name: str, *, adopt: bool = False, anew: bool = False, after_crash: bool = False) -> VtpmView:
         """Start the VM's TPM, made anew where there was none; QEMU may be started afterwards. `adopt` takes over state that
-        lies in its directory in clear, `anew` makes a new one although one of this VM was here and left."""
+        lies in its directory in clear, `anew` makes a new one although one of this VM was here and left, `after_crash` takes
+        files that its last launch wrote and could not note."""
         vm = self._find_vm(name)
         await self.settle(name)
         record = self._records.find(name)
         how = "adopt" if adopt else "create"
         if record is not None and record.status != "gone":
-            how = "open"
+            how = "reopen" if after_crash else "open"
         elif record is not None and not anew:
             raise make_error("vtpm.gone", f"the TPM of {name} has left this host")
+        if how == "reopen":
+            _log.warning("files that were not noted are taken", vm=name)
         await self._start_keeper(self._order(vm, how, self._store.epoch(name)))
         return await self.status(name)
 
@@ -190,9 +201,8 @@ class Vtpms:
                 migration=migration,
                 version=facts.version,
                 ek_sha256=facts.ek_sha256,
-                listener=listener.fileno(),
             )
-            await uninterrupted(self._start_keeper(order))  # what has begun is known, and can be ended
+            await uninterrupted(self._start_keeper(order, listener))  # what has begun is known, and can be ended
 
     async def link(self, vm: VmDefinition) -> socket.socket | None:
         """The enclave's end of a link to the VM's keeper; None where the VM has no TPM. Raises `vtpm.two-migrations`."""
@@ -207,6 +217,11 @@ class Vtpms:
         finally:
             theirs.close()
         return ours
+
+    async def loaded(self, vm: VmDefinition) -> None:
+        """QEMU has loaded the VM: returns when its TPM is whole and on the disk here. Raises `vtpm.not-brought`,
+        `vtpm.not-running`, and what keeping its key did."""
+        await self._call(vm.name, "loaded")
 
     async def taken(self, vm: VmDefinition, epoch: int, last: VtpmFacts | None) -> VtpmFacts | None:
         """The VM is this host's, and so is its TPM, whose state was `last` at the source; what a receipt says of it."""
@@ -275,34 +290,17 @@ class Vtpms:
         path = self._admin_path(name)
         return await asyncio.to_thread(lambda: call_keeper(path, call, descriptors=descriptors, **said))
 
-    async def _start_keeper(self, order: Order) -> None:
-        line = await asyncio.to_thread(self._run_keeper, order)
-        _check_answer(line, order.vm)
+    async def _start_keeper(self, order: Order, listener: socket.socket | None = None) -> None:
+        await asyncio.to_thread(self._run_keeper, order, listener)
 
-    def _run_keeper(self, order: Order) -> bytes:
-        """Start it; returns with its first words, when the process that we started has left it to itself."""
+    def _run_keeper(self, order: Order, listener: socket.socket | None) -> None:
         log = self._paths.state / "log" / f"{order.vm}-vtpm.log"
         log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
             with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as output:
-                done = subprocess.run(
-                    [sys.executable, "-m", "sealane.vtpm"],
-                    input=order.encode(),
-                    stdout=subprocess.PIPE,
-                    stderr=output,
-                    env={name: value for name, value in os.environ.items() if name not in _OURS_ALONE},
-                    start_new_session=True,
-                    pass_fds=[order.listener] if order.listener >= 0 else [],
-                    timeout=VTPM_START_TIMEOUT_S,
-                    check=False,
-                )
-        except subprocess.TimeoutExpired:
-            raise make_error(
-                "vtpm.keeper", f"the TPM of {order.vm} did not start in {VTPM_START_TIMEOUT_S:.0f} s"
-            ) from None
+                self._launcher.launch(order, output, listener)
         except OSError as error:
             raise make_error("vtpm.keeper", f"{log}: {error.strerror}") from error
-        return done.stdout
 
     async def _end_keeper(self, name: str) -> None:
         with contextlib.suppress(SealaneError):
@@ -331,15 +329,6 @@ def _has_left(record: Record, migration: Migration) -> bool:
         and migration.epoch is not None
         and record.epoch < migration.epoch
     )
-
-
-def _check_answer(line: bytes, vm: str) -> None:
-    try:
-        answer: dict[str, Any] = json.loads(line)
-    except ValueError:
-        raise make_error("vtpm.keeper", f"the keeper of {vm}'s TPM ended without a word; its log says more") from None
-    if "error" in answer:
-        raise make_error(str(answer["error"]["code"]), str(answer["error"]["detail"]))
 
 
 def facts_of(record: Record) -> VtpmFacts:

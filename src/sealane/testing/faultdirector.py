@@ -20,8 +20,9 @@ from types import TracebackType
 from typing import Any, Final, Literal, get_args
 
 from sealane.errors import SealaneError
-from sealane.testing.pair import AgentHost
+from sealane.testing.pair import AgentHost, process_name
 from sealane.testing.wiretap import Wiretap
+from sealane.vtpm.launcher import KEEPER_NAME
 
 Fault = Literal[
     "kill-agent",  # SIGKILL; it is started again at once
@@ -37,7 +38,9 @@ Fault = Literal[
     "cancel",  # a person cancels the migration at the source
 ]
 FAULTS: Final[tuple[Fault, ...]] = get_args(Fault)
-CLOCK_JUMPS_S: Final[dict[Fault, float]] = {"clock-forward": 3600.0, "clock-back": -3600.0}
+TpmFault = Literal["kill-keeper", "kill-swtpm"]  # of VMs' own TPMs on this host; the campaign's guest has none
+CLOCK_JUMPS_S: Final[dict[str, float]] = {"clock-forward": 3600.0, "clock-back": -3600.0}
+TPM_PROCESSES: Final[dict[str, str]] = {"kill-keeper": KEEPER_NAME, "kill-swtpm": "swtpm"}
 # What ends the process that holds a copy of the VM; a VM that ran in it is lost, as it would be without Sealane.
 KILLS_QEMU: Final[frozenset[Fault]] = frozenset({"kill-qemu", "kill-host"})
 
@@ -47,7 +50,7 @@ class Injection:
     """One fault at one point."""
 
     point: str
-    fault: Fault
+    fault: Fault | TpmFault
 
     def __str__(self) -> str:
         return f"{self.fault} at {self.point}"
@@ -148,21 +151,13 @@ class FaultDirector:
         is_full = once or end.name in attempt.full
         return {"disk": "full" if is_full else "free", "clock_s": attempt.clocks_s.get(end.name, 0.0)}
 
-    def _inject(self, attempt: Attempt, end: AgentHost, fault: Fault, enclaves: list[int]) -> None:
-        if fault in {"kill-agent", "kill-host"}:
+    def _inject(self, attempt: Attempt, end: AgentHost, fault: Fault | TpmFault, enclaves: list[int]) -> None:
+        if fault in {"kill-agent", "kill-host", "term-agent"}:
             assert end.agent is not None  # noqa: S101 - it is speaking to us
-            end.agent.process.kill()
+            end.agent.process.terminate() if fault == "term-agent" else end.agent.process.kill()
             attempt.killed.add(end.name)
-        if fault == "term-agent":
-            assert end.agent is not None  # noqa: S101 - it is speaking to us
-            end.agent.process.terminate()
-            attempt.killed.add(end.name)
-        if fault in {"kill-enclave", "kill-host"}:
-            for pid in enclaves:
-                _kill(pid)
-        if fault in KILLS_QEMU:
-            for pid in qemus_of(end):
-                _kill(pid)
+        for pid in _victims(end, fault, enclaves):
+            _kill(pid)
         if fault == "cut-link":
             attempt.is_cut = True
             for tap in self.taps:
@@ -173,6 +168,16 @@ class FaultDirector:
             attempt.clocks_s[end.name] = CLOCK_JUMPS_S[fault]
         if fault == "cancel":  # the agent may be the one that stands still now, so nobody waits here
             threading.Thread(target=_cancel, args=[attempt.source], name="cancel", daemon=True).start()
+
+
+def _victims(end: AgentHost, fault: Fault | TpmFault, enclaves: list[int]) -> list[int]:
+    """The processes, other than the agent, that this fault ends."""
+    found = list(enclaves) if fault in {"kill-enclave", "kill-host"} else []
+    if fault in KILLS_QEMU:
+        found += qemus_of(end)
+    if fault in TPM_PROCESSES:
+        found += [pid for pid in end.host.processes() if process_name(pid) == TPM_PROCESSES[fault]]
+    return found
 
 
 def qemus_of(end: AgentHost) -> list[int]:

@@ -114,6 +114,10 @@ class Guest:
             *self._kept, *(self.machines[host].console_path for host in self.travelled[len(self._kept) :])
         )
 
+    def forget(self) -> None:
+        """What it said before it was started anew is not its console's any more."""
+        self._kept.clear()
+
     def moved_to(self, host: str) -> None:
         """Note that the guest runs there now; what it said before is put aside, should it come back."""
         path = self.machines[self.travelled[-1]].console_path
@@ -181,6 +185,7 @@ class HostPair:
         else:
             machine.start().wait_ready()
         guest.travelled = [at.name]
+        guest.forget()
         machine.wait_ticks(1)
 
     def migrate(self, guest: Guest, source: AgentHost, destination: AgentHost, **options: object) -> Migration:

@@ -1,6 +1,6 @@
-"""`python -m sealane.vtpm`: a VM's keeper; the agent starts it."""
+"""`python -m sealane.vtpm`: the launcher of VMs' keepers; the agent starts it."""
 
-from sealane.vtpm.keeper import main
+from sealane.vtpm.launcher import main
 
 if __name__ == "__main__":
     main()

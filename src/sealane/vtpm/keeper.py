@@ -17,7 +17,8 @@ import select
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,7 +35,8 @@ from sealane.vtpm.control import (
     encode_result,
 )
 from sealane.vtpm.link import Frame, Link, What
-from sealane.vtpm.record import Record, Records, digest_of
+from sealane.vtpm.order import Order
+from sealane.vtpm.record import Record, digest_of
 from sealane.vtpm.vault import Launched, Vault, describe_error
 
 PACKET_MAX: Final = 64 * 1024
@@ -45,42 +47,6 @@ _CONTROL_READ_BYTES: Final = 64 * 1024
 _SEEN_MAX: Final = 1 << 18
 _TRIES: Final = 5
 _NEEDED: Final = frozenset({BlobType.PERMANENT, BlobType.VOLATILE})
-
-
-@dataclass(frozen=True)
-class Order:
-    """What the agent starts a keeper with. `how`: create, adopt, open or receive; `tcti` null: the host has no TPM.
-
-    `listener` is an inherited descriptor that listens at `control_path` already, where QEMU is launched meanwhile.
-    """
-
-    vm: str
-    how: str
-    epoch: int
-    storage: str
-    records: str
-    scratch: str
-    control_path: str
-    admin_path: str
-    tcti: str | None
-    migration: str = ""
-    version: int = 0
-    ek_sha256: str = ""
-    listener: int = -1
-
-    def vault(self) -> Vault:
-        """The VM's vault."""
-        return Vault(
-            Records(Path(self.records)),
-            self.vm,
-            storage=Path(self.storage),
-            scratch=Path(self.scratch),
-            tcti=self.tcti,
-        )
-
-    def encode(self) -> bytes:
-        """As it travels."""
-        return json.dumps(asdict(self)).encode()
 
 
 class Keeper:
@@ -94,16 +60,21 @@ class Keeper:
         self._reader = RequestReader()
         self._link: Link | None = None
         self._brought: set[BlobType] = set()
+        self._is_started = False  # of what comes: whether swtpm has taken it
         self._settings: dict[Command, bytes] = {}  # what a new swtpm has to be told again
         self._watch = _watch_directory(launched.record.path)
         self._seen = {launched.record.digest, *launched.record.past}
         self._version_at_first = launched.record.version
+        # What is incoming comes while its VM stands still: its key is kept meanwhile, its files are noted when `loaded` is asked.
+        self._is_noting = launched.record.status != "incoming"
+        self._keeping: Future[Record] | None = None if self._is_noting else _in_a_thread(lambda: vault.keep(launched))
         self._over = False
         self._handlers: dict[str, Callable[[dict[str, Any], list[int]], dict[str, Any]]] = {
             "status": self._status,
             "verify": self._verify,
             "link": self._attach,
             "unlink": self._detach,
+            "loaded": self._loaded,
             "taken": self._taken,
             "stay": self._stay,
             "rotate": self._rotate,
@@ -126,7 +97,7 @@ class Keeper:
             os.close(self._watch)
             if self._data is not None:
                 os.close(self._data)
-            self._note_written()  # an incoming TPM too: whether its VM is here, the agent's journal knows
+            self._note_end()
 
     def _turn(self, clients: list[socket.socket]) -> None:
         pidfd = os.pidfd_open(self._launched.swtpm.process.pid)
@@ -160,7 +131,7 @@ class Keeper:
         else has put back, and it is not noted; what is not swtpm's, swtpm will not take at the next launch.
         """
         launched = self._launched
-        if not launched.swtpm.state_path.exists():
+        if not self._is_noting or not launched.swtpm.state_path.exists():
             return
         digest = self._vault.digest_now(launched.record)
         if digest == launched.record.digest:
@@ -171,6 +142,14 @@ class Keeper:
         if len(self._seen) < _SEEN_MAX:
             self._seen.add(digest)
         self._save(launched.record.written(digest))
+
+    def _note_end(self) -> None:
+        """The last files, and that nothing comes after them; of what did not come whole there is nothing to note."""
+        if self._is_noting:
+            self._note_written()
+            self._save(replace(self._launched.record, running=False))
+        elif self._keeping is not None:
+            wait([self._keeping])  # who destroys it finds what was kept
 
     def _save(self, record: Record) -> None:
         self._launched.record = record.authenticated(self._launched.key)
@@ -205,14 +184,21 @@ class Keeper:
                 return self._give_out(request.blob_type)
             case Command.SET_STATEBLOB:
                 return self._take_in(request.blob_type, request.blob)
-            case Command.INIT if self._launched.record.status == "incoming" and not self._brought >= _NEEDED:
-                _say("QEMU would start the TPM without the state that should have come")
-                return encode_result(TPM_FAIL)
+            case Command.INIT if self._launched.record.status == "incoming":
+                return self._start_what_came(request)
             case Command.SET_DATAFD if descriptors:
                 self._keep_data(descriptors[0])
             case Command.SET_LOCALITY | Command.SET_BUFFERSIZE:
                 self._settings[request.command] = request.data
         return control.exchange(request.command, request.data, descriptors)
+
+    def _start_what_came(self, request: Request) -> bytes:
+        if not self._brought >= _NEEDED:
+            _say("QEMU would start the TPM without the state that should have come")
+            return encode_result(TPM_FAIL)
+        answer = self._launched.swtpm.control.exchange(request.command, request.data)
+        self._is_started = answer == encode_result(0)
+        return answer
 
     def _keep_data(self, descriptor: int) -> None:
         if self._data is not None:
@@ -322,6 +308,8 @@ class Keeper:
             raise make_error("vtpm.two-migrations", f"the TPM of {self._launched.record.vm} travels already")
         if len(descriptors) != 1:
             raise make_error("internal.error", "no descriptor for the link")
+        if self._keeping is not None and self._keeping.done():
+            self._keeping.result()
         self.attach(socket.socket(fileno=os.dup(descriptors[0])))
         return {}
 
@@ -333,9 +321,27 @@ class Keeper:
         self._unlink()
         return {}
 
+    def _loaded(self, _said: dict[str, Any], _descriptors: list[int]) -> dict[str, Any]:
+        """QEMU has loaded everything: the TPM must be whole, and on the disk with its key, before the source gives up its own."""
+        self._come_whole()
+        return {}
+
+    def _come_whole(self) -> None:
+        """Raises `vtpm.not-brought`, and what keeping the key did."""
+        launched = self._launched
+        if launched.record.status == "incoming" and not (self._brought >= _NEEDED and self._is_started):
+            raise make_error("vtpm.not-brought", f"{launched.record.vm} came, and its TPM did not")
+        if launched.swtpm.process.poll() is not None:
+            raise make_error("vtpm.swtpm", "swtpm has ended")
+        if self._keeping is not None:
+            launched.record = self._keeping.result()
+            self._keeping = None
+        self._is_noting = True
+        self._note_written()
+
     def _taken(self, said: dict[str, Any], _descriptors: list[int]) -> dict[str, Any]:
         """The ticket came: the TPM is this host's."""
-        self._note_written()
+        self._come_whole()
         record = self._launched.record
         written_here = record.version - self._version_at_first
         version = max(record.version, int(said["version"]) + written_here)
@@ -406,56 +412,50 @@ def listen_at(path: Path, kind: socket.SocketKind) -> socket.socket:
     return listener
 
 
-def main() -> None:
-    """Read an order from standard input, answer on standard output with one line of JSON, and serve.
-
-    The process that was started ends at once; its child serves, and is nobody's ward.
-    """
-    order = Order(**json.load(os.fdopen(0, "rb", closefd=False)))
-    if os.fork():
-        os._exit(0)
-    os.setsid()
+def serve_vm(order: Order, answer: socket.socket, listener: socket.socket | None) -> None:
+    """A keeper's life. `answer` is told in one line of JSON when it serves, or why it cannot; `listener` listens already."""
     vault = order.vault()
     try:
         with vault.records.locked(order.vm):
-            keeper = _start(order, vault)
-            _answer({"ok": {"pid": os.getpid()}})
+            keeper = _start(order, vault, listener)
+            _answer(answer, {"ok": {"pid": os.getpid()}})
             try:
                 keeper.run()
             finally:
                 for path in (order.control_path, order.admin_path):
                     Path(path).unlink(missing_ok=True)
     except SealaneError as error:
-        _answer({"error": {"code": error.code, "detail": error.detail}})
+        _answer(answer, {"error": {"code": error.code, "detail": error.detail}})
 
 
-def _start(order: Order, vault: Vault) -> Keeper:
+def _start(order: Order, vault: Vault, listener: socket.socket | None) -> Keeper:
     match order.how:
         case "create" | "adopt":
             launched = vault.create(order.epoch, adopt=order.how == "adopt")
-        case "open":
-            launched = vault.open(order.epoch)
+        case "open" | "reopen":
+            launched = vault.open(order.epoch, after_crash=order.how == "reopen")
         case _:
             launched = vault.receive(order.epoch, order.migration, version=order.version, ek_sha256=order.ek_sha256)
     try:
         admin = listen_at(Path(order.admin_path), socket.SOCK_SEQPACKET)
-        if order.listener >= 0:
-            qemu = socket.socket(fileno=order.listener)
-            qemu.set_inheritable(False)
-        else:
-            qemu = listen_at(Path(order.control_path), socket.SOCK_STREAM)
-        return Keeper(vault, launched, qemu, admin)
+        return Keeper(vault, launched, listener or listen_at(Path(order.control_path), socket.SOCK_STREAM), admin)
     except OSError as error:
         launched.swtpm.stop()
         raise make_error("vtpm.keeper", f"{order.control_path}: {error.strerror}") from error
 
 
-def _answer(words: dict[str, Any]) -> None:
+def _answer(answer: socket.socket, words: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):
-        os.write(1, json.dumps(words).encode() + b"\n")
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, 1)
-        os.close(nothing)
+        answer.sendall(json.dumps(words).encode() + b"\n")
+    answer.close()
+
+
+def _in_a_thread(work: Callable[[], Record]) -> Future[Record]:
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(work)
+    finally:
+        pool.shutdown(wait=False)
 
 
 def call_keeper(path: Path, call: str, *, descriptors: list[int] | None = None, **said: Any) -> dict[str, Any]:

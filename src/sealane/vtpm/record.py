@@ -52,7 +52,8 @@ class Record:
     """One VM's TPM on this host.
 
     `status`: "incoming" while its migration is under way, "here", or "gone" once it left. `version` counts the writes of its
-    lasting state over all hosts, `past` has the digests of earlier ones. `directory` is below the VM's vTPM directory.
+    lasting state over all hosts, `past` has the digests of earlier ones. `directory` is below the VM's vTPM directory. While it
+    is `running`, files may be on the disk that the record has yet to know.
     """
 
     vm: str
@@ -66,6 +67,7 @@ class Record:
     past: tuple[str, ...] = ()
     ek_sha256: str = ""
     migration: str = ""
+    running: bool = False
     mac: str = ""
 
     @property
@@ -163,10 +165,10 @@ class Records:
         """The VMs that have one."""
         return sorted(path.stem for path in self.directory.glob("*.json"))
 
-    def save(self, record: Record) -> None:
-        """Write it; on the disk on return. Raises `vtpm.record`."""
+    def save(self, record: Record, *, durably: bool = True) -> None:
+        """Write it; on the disk on return, unless nothing would be lost with it. Raises `vtpm.record`."""
         try:
-            write_durably(self._path(record.vm), record.encode())
+            write_whole(self._path(record.vm), record.encode(), durably=durably)
         except OSError as error:
             raise make_error("vtpm.record", f"{self._path(record.vm)}: {error.strerror}") from error
 
@@ -191,18 +193,20 @@ class Records:
             yield
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Replace a private file: the new content is on the disk, under its name, on return."""
+def write_whole(path: Path, data: bytes, *, durably: bool = True) -> None:
+    """Replace a private file; `durably`: the new content is on the disk, under its name, on return."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     scratch = path.with_name(f".{path.name}.new")
     descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         os.write(descriptor, data)
-        os.fsync(descriptor)
+        if durably:
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
     os.replace(scratch, path)
-    sync_directory(path.parent)
+    if durably:
+        sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:

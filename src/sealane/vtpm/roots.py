@@ -9,6 +9,7 @@ that directory back can put the TPM back too.
 import base64
 import contextlib
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from sealane.errors import make_error
-from sealane.vtpm.record import KeyReference, write_durably
+from sealane.vtpm.record import KeyReference, write_whole
 
 _TOOL_TIMEOUT_S: Final = 30.0
 # TPM 2.0: 0x01800000-0x01bfffff are the owner's NV indices.
@@ -33,8 +34,8 @@ class Root(Protocol):
     def counter(self, reference: KeyReference) -> int | None:
         """The value that the counter has now; None where only the record knows."""
 
-    def prepare(self, reference: KeyReference | None) -> KeyReference:
-        """A reference for a new key, which does not count yet: what `wrap` fills."""
+    def prepare(self, reference: KeyReference) -> KeyReference:
+        """A reference for a new key, which does not count yet: what `wrap` fills. `reference` names the VM's counter, if any."""
 
     def wrap(self, key: bytes, reference: KeyReference) -> KeyReference:
         """Keep the key for the reference's counter value."""
@@ -67,13 +68,13 @@ class FileRoot:
         """None: the record is the counter."""
         return None
 
-    def prepare(self, reference: KeyReference | None) -> KeyReference:
+    def prepare(self, reference: KeyReference) -> KeyReference:
         """The next value."""
-        return KeyReference(root="file", counter=1 if reference is None else reference.counter + 1)
+        return KeyReference(root="file", counter=reference.counter + 1)
 
     def wrap(self, key: bytes, reference: KeyReference) -> KeyReference:
         """Write the key's file."""
-        write_durably(self._path(reference), key)
+        write_whole(self._path(reference), key)
         return reference
 
     def unwrap(self, reference: KeyReference) -> bytes:
@@ -87,18 +88,25 @@ class FileRoot:
         """Nothing to do: the record was written."""
 
     def discard(self, reference: KeyReference) -> None:
-        """As `destroy`: each key has a file."""
-        self.destroy(reference)
+        """Each key has a file."""
+        _overwrite(self._path(reference))
 
     def destroy(self, reference: KeyReference) -> None:
-        """Overwrite the file, then remove it; what the disk keeps of it underneath is not in our hands."""
-        path = self._path(reference)
-        with contextlib.suppress(FileNotFoundError):
-            with open(path, "r+b") as file:
-                file.write(bytes(os.fstat(file.fileno()).st_size))
-                file.flush()
-                os.fsync(file.fileno())
-            path.unlink()
+        """Every key of the VM's: one that was written and never counted on is not left either."""
+        ours = re.compile(re.escape(self._vm) + r"\.\d+\.key")
+        for path in self._directory.glob("*.key"):
+            if ours.fullmatch(path.name):
+                _overwrite(path)
+
+
+def _overwrite(path: Path) -> None:
+    """Overwrite the file, then remove it; what the disk keeps of it underneath is not in our hands."""
+    with contextlib.suppress(FileNotFoundError):
+        with open(path, "r+b") as file:
+            file.write(bytes(os.fstat(file.fileno()).st_size))
+            file.flush()
+            os.fsync(file.fileno())
+        path.unlink()
 
 
 class TpmRoot:
@@ -113,9 +121,9 @@ class TpmRoot:
         """The NV counter's value."""
         return self._read(reference.index)
 
-    def prepare(self, reference: KeyReference | None) -> KeyReference:
+    def prepare(self, reference: KeyReference) -> KeyReference:
         """One more than the counter has; a new counter where the VM has none."""
-        if reference is not None and reference.root == "tpm":
+        if reference.index:
             return KeyReference(root="tpm", index=reference.index, counter=self._read(reference.index) + 1)
         taken = self._tool("tpm2_getcap", "handles-nv-index").decode().lower()
         free = (at for at in range(_FIRST_INDEX, _FIRST_INDEX + _INDICES) if f"{at:#x}" not in taken)
@@ -175,6 +183,8 @@ class TpmRoot:
 
     def destroy(self, reference: KeyReference) -> None:
         """Count beyond the key's value: the TPM itself will not open it again."""
+        if not reference.index:  # no counter yet, and so no key
+            return
         while self._read(reference.index) <= reference.counter:
             self._tool("tpm2_nvincrement", f"{reference.index:#x}", "-C", "o")
 

@@ -4,7 +4,8 @@ Every launch has a key and a directory of its own, so that no file of an earlier
 
     made or adopted   the state of a new TPM, or of one that was kept in clear, under a first key
     opened            record, counter, key and digest are verified; the state goes under the next key into the next directory
-    incoming          an empty directory under a new key; QEMU brings the state, which the enclave opens
+    incoming          an empty directory under a new key; QEMU brings the state, which the enclave opens, and meanwhile the key
+                      is wrapped: nothing of it counts before both are on the disk
     destroyed         the key first, then the files
 
 Nothing but QEMU's lane ever carries state between hosts, so shared storage needs no lock between them, and no key travels.
@@ -27,6 +28,8 @@ from sealane.vtpm.roots import FileRoot, Root, TpmRoot
 from sealane.vtpm.swtpm import STATE_FILE, Swtpm, manufacture, read_state
 
 _STATE_FILE_MAX: Final = 1 << 20
+# The first byte of swtpm's files (src/swtpm/swtpm_nvstore.c, blobheader): from version 2 on they have an HMAC.
+_AUTHENTICATED: Final = b"\x02"
 
 
 @dataclass
@@ -84,9 +87,9 @@ class Vault:
             plain.unlink()
         return launched
 
-    def open(self, epoch: int) -> Launched:
-        """The TPM as it was left, under its next key; raises what `verify` does."""
-        record, _key, state = self._verified()
+    def open(self, epoch: int, *, after_crash: bool = False) -> Launched:
+        """The TPM as it was left, under its next key; raises what `verify` does, but with `after_crash` not `vtpm.ahead`."""
+        record, _key, state = self._verified(after_crash=after_crash)
         return self._launch(state, record, epoch=epoch, ek=record.ek_sha256)
 
     def receive(self, epoch: int, migration: str, *, version: int, ek_sha256: str) -> Launched:
@@ -97,14 +100,24 @@ class Vault:
         if before is not None and before.status == "incoming":  # of a migration that came to nothing
             self.destroy()
             before = self.records.find(self.vm)
-        key, record = self._next(before, epoch)
+        key = self._random(KEY_BYTES)
+        record = self._blank(before, epoch, self._promised(before))
         record = replace(record, status="incoming", migration=migration, version=version, ek_sha256=ek_sha256)
         swtpm = Swtpm(record.path, key)
-        root = self.root_of(record.key)
         record = record.authenticated(key)
+        self.records.save(record, durably=False)  # it only says what there is to clear away
+        return Launched(swtpm, record, key)
+
+    def keep(self, launched: Launched) -> Record:
+        """Wrap the key of a TPM that comes; the record that counts on it is on the disk on return. Touches nothing else."""
+        root = self.root_of(None)
+        reference = root.prepare(launched.record.key)
+        bare = replace(launched.record, key=reference).authenticated(launched.key)
+        self.records.save(bare, durably=False)  # a new counter is not lost
+        record = replace(bare, key=root.wrap(launched.key, reference)).authenticated(launched.key)
         self.records.save(record)
         root.advance(record.key)
-        return Launched(swtpm, record, key)
+        return record
 
     def relaunch(self, launched: Launched, states: dict[BlobType, bytes]) -> Launched:
         """The same TPM in a new swtpm under the next key, with these states, not yet started."""
@@ -148,27 +161,34 @@ class Vault:
 
     def _next(self, before: Record | None, epoch: int) -> tuple[bytes, Record]:
         """A key, wrapped for the counter's next value, and a record with an empty directory for it."""
-        key = self._random(KEY_BYTES)
-        earlier = None if before is None or (before.key.root == "tpm") != (self._tcti is not None) else before.key
-        root = self.root_of(None)
-        reference = root.wrap(key, root.prepare(earlier))
+        key, root = self._random(KEY_BYTES), self.root_of(None)
+        return key, self._blank(before, epoch, root.wrap(key, root.prepare(self._promised(before))))
+
+    def _promised(self, before: Record | None) -> KeyReference:
+        """A reference to the VM's counter in what keeps this host's keys, and to no key."""
+        kind = "file" if self._tcti is None else "tpm"
+        if before is None or before.key.root != kind:
+            return KeyReference(root=kind, counter=0)
+        return replace(before.key, public="", private="")
+
+    def _blank(self, before: Record | None, epoch: int, key: KeyReference) -> Record:
         name = f"{self.vm}.{epoch}.{self._random(4).hex()}"
         record = Record(
-            vm=self.vm, status="here", epoch=epoch, key=reference, storage=str(self._storage), directory=name
+            vm=self.vm, status="here", epoch=epoch, key=key, storage=str(self._storage), directory=name, running=True
         )
         if before is not None:
             record = replace(record, version=before.version, ek_sha256=before.ek_sha256, past=before.remembered())
         record.path.mkdir(parents=True, mode=0o700)
-        return key, record
+        return record
 
     # ---- looking
 
     def verify(self) -> Record:
         """Look at record, counter, key and files. Raises `vtpm.missing`, `vtpm.gone`, `vtpm.old-record`, `vtpm.key-gone`,
-        `vtpm.stale`, `vtpm.foreign`, `vtpm.altered`."""
+        `vtpm.stale`, `vtpm.foreign`, `vtpm.ahead`, `vtpm.altered`."""
         return self._verified()[0]
 
-    def _verified(self) -> tuple[Record, bytes, bytes]:
+    def _verified(self, *, after_crash: bool = False) -> tuple[Record, bytes, bytes]:
         record = self.records.find(self.vm)
         if record is None:
             raise make_error("vtpm.missing", f"{self.vm} has no TPM here")
@@ -182,11 +202,26 @@ class Vault:
         key = root.unwrap(record.key)
         record.verify(key)
         content = self.content(record)
-        self.judge(record, content)
+        try:
+            self.judge(record, content)
+        except SealaneError as error:
+            if error.code != "vtpm.altered" or not self._is_this_launchs(record, content, key):
+                raise
+            if not after_crash:
+                raise make_error("vtpm.ahead", f"the files of {self.vm}'s TPM are not those that were noted") from None
         state, ek = self._look_into(content, key)
         if record.ek_sha256 and ek != record.ek_sha256:
             raise make_error("vtpm.altered", f"the endorsement key is not {self.vm}'s")
         return record, key, state
+
+    def _is_this_launchs(self, record: Record, content: bytes, key: bytes) -> bool:
+        """Whether a launch that did not end as it should has written this: no other has its key, which authenticates them."""
+        if not record.running or content[:1] != _AUTHENTICATED:
+            return False
+        try:
+            return self._look_into(content, key)[1] == record.ek_sha256
+        except SealaneError:
+            return False
 
     def content(self, record: Record) -> bytes:
         """What the files hold; raises `vtpm.altered` where they are not there."""
@@ -231,7 +266,9 @@ class Vault:
         record = self.records.find(self.vm)
         if record is None or record.status != "incoming":
             raise make_error("vtpm.missing", f"no TPM of {self.vm} has come")
-        key = self.root_of(record.key).unwrap(record.key)
+        root = self.root_of(record.key)
+        root.advance(record.key)
+        key = root.unwrap(record.key)
         record.verify(key)
         self.records.save(replace(record, status="here", epoch=epoch).authenticated(key))
 
@@ -245,7 +282,7 @@ class Vault:
         self.root_of(record.key).destroy(record.key)
         self._forget_files(record)
         bare = replace(record.key, public="", private="")
-        self.records.save(replace(record, status="gone", key=bare, mac=""))
+        self.records.save(replace(record, status="gone", key=bare, running=False, mac=""))
 
     def _forget_files(self, record: Record) -> None:
         if record.directory:

@@ -50,7 +50,12 @@ from sealane.host.migration.gate import StandingGate, facts_of, pass_gate
 from sealane.host.migration.postcopy_destination import Arrival, Half, has_switched
 from sealane.host.migration.receipt_exchange import give_copy, take_copy
 from sealane.host.migration.stall import StallLimit
-from sealane.host.migration.vtpm_steps import launch_with_tpm, vtpm_abandoned, vtpm_taken
+from sealane.host.migration.vtpm_steps import (
+    launch_with_tpm,
+    ticket_for_whole_tpm,
+    vtpm_abandoned,
+    vtpm_taken,
+)
 from sealane.host.models import Migration, Name, Progress, Protection, Result, VmDefinition
 from sealane.host.problems import problem_of
 from sealane.host.quoting import check_launched, incoming_binaries
@@ -397,7 +402,11 @@ class DestinationMigration(Job):
             self._enclave.call(SendMessage(messages.Loaded(digest=digest).model_dump_json()))
             # journalled while the word travels: up to the ticket, copying and switching-over recover alike
             self._step(Input.VM_STOPPED, detail="everything came and is loaded, paused")
-            ticket = await self._enclave.expect(messages.Ticket, self._context.settings.limits.word_timeout_s)
+            ticket = await ticket_for_whole_tpm(
+                self._context,
+                self._vm,
+                self._enclave.expect(messages.Ticket, self._context.settings.limits.word_timeout_s),
+            )
             self._check_ticket(ticket, digest)
             await gate.settled()
             await self._take_over(qemu, ticket)

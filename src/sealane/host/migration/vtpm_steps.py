@@ -1,5 +1,5 @@
-"""What a migration does with the VM's TPM once its end is decided. None of it changes that end: what fails here is logged,
-and done later from the journal (`Vtpms.settle`). A VM without a TPM is passed over."""
+"""What a migration does with the VM's TPM. What happens once its end is decided does not change that end: what fails then is
+logged, and done later from the journal (`Vtpms.settle`). A VM without a TPM is passed over."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -44,6 +44,25 @@ async def launch_with_tpm(
 
 async def _ended(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.wait(tasks)
+
+
+async def ticket_for_whole_tpm(
+    context: MigrationContext, vm: VmDefinition, ticket: Coroutine[Any, Any, Ticket]
+) -> Ticket:
+    """Destination, when QEMU has loaded everything: the ticket, and meanwhile the TPM's state reaches the disk.
+
+    Raises what either does: for a TPM that is not whole the ticket is refused, since the source gives its own up for it.
+    """
+    if vm.vtpm is None:
+        return await ticket
+    waiting, whole = asyncio.ensure_future(ticket), asyncio.ensure_future(context.vtpms.loaded(vm))
+    try:
+        await asyncio.wait({waiting, whole}, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        waiting.cancel()  # nothing, where it is done
+        await uninterrupted(_ended(waiting, whole))
+    whole.result()
+    return waiting.result()
 
 
 async def vtpm_left(job: Job, context: MigrationContext, vm: VmDefinition) -> None:
