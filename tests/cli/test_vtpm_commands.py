@@ -9,6 +9,8 @@ import pytest
 from sealane.cli.client import AgentClient
 from sealane.errors import make_error
 from sealane.host.models import VtpmFacts, VtpmView
+from sealane.paths import Paths
+from sealane.vtpm.record import KeyReference, Record, Records
 from tests.cli.conftest import Run
 from tests.cli.stand_in import StandIn
 
@@ -25,6 +27,8 @@ VIEW = VtpmView(
     facts=VtpmFacts(ek_sha256="e" * 64, version=3, counter=2),
     epoch=1,
 )
+
+RECORD = Record(vm="web01", status="here", epoch=1, key=KeyReference("file", 1), storage="/s", directory="d")
 
 
 @pytest.fixture
@@ -94,16 +98,13 @@ def tools(directory: Path, *names: str, version: str) -> str:
     return str(directory)
 
 
-def test_the_doctor_wants_swtpm_where_a_vm_needs_it(
-    agent: StandIn, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_doctor_wants_swtpm_where_a_vm_needs_it(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     assert swtpm_findings(run)["swtpm"]["level"] == "ok"
-    name, vm = next(iter(agent.vms.items()))
-    agent.vms[name] = vm.model_copy(update={"vtpm": "/var/lib/vtpm"})
+    Records(Paths.from_environment().state / "vtpm").save(RECORD)
     found = swtpm_findings(run)["swtpm"]
     assert (found["level"], found["mend"]) == ("broken", "for such VMs install swtpm, swtpm-tools")
-    assert name in found["found"]
+    assert "web01" in found["found"]
 
     monkeypatch.setenv("PATH", tools(tmp_path, "swtpm", version="0.7.1"))
     found = swtpm_findings(run)["swtpm"]  # the last line of that check

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from tests.e2e.tpmguest import TpmGuest
 pytestmark = pytest.mark.e2e
 
 _END_TIMEOUT_S = 60.0
+_TRIES = 3
 _SECRET = "a word that only this TPM knows"
 
 
@@ -34,19 +36,26 @@ class SharedTpm(TpmGuest):
         """The directories of the launches that there are."""
         return sorted(path for path in self.shared.iterdir() if path.is_dir())
 
-    def move(self, *injections: Injection) -> tuple[Migration, Migration | None]:
-        """Try to, with these faults; how it ended at either end, once both know."""
-        with self.director.attempt(self.home, self.away, list(injections)) as attempt:
-            with suppress(SealaneError), self.home.client() as client:
-                number = client.start_migration(MigrationRequest(vm=self.guest.name, host=self.away.name)).id
-            found = [self._await_end(end, number, attempt) for end in (self.home, self.away)]
-            assert attempt.fired == list(injections), attempt.trace
-        assert found[0] is not None
-        if found[0].state == "completed":
+    def move(self, *injections: Injection) -> tuple[Migration, Migration]:
+        """Try to, with these faults; how it ended at either end, once both know. A starved machine may need more than one try
+        to come as far as the fault."""
+        met: list[Any] = []
+        for _ in range(_TRIES):
+            with self.director.attempt(self.home, self.away, list(injections)) as attempt:
+                with self.home.client() as client:
+                    number = client.start_migration(MigrationRequest(vm=self.guest.name, host=self.away.name)).id
+                home = self._await_end(self.home, number, attempt)
+                if attempt.fired == list(injections):
+                    away = self._await_end(self.away, number, attempt)
+                    break
+            met.append((home.problem, attempt.trace[-3:]))
+        else:
+            raise AssertionError(met)
+        if home.state == "completed":
             self.guest.moved_to(self.away.name)
-        return found[0], found[1]
+        return home, away
 
-    def _await_end(self, end: AgentHost, number: str, attempt: Attempt) -> Migration | None:
+    def _await_end(self, end: AgentHost, number: str, attempt: Attempt) -> Migration:
         deadline = time.monotonic() + _END_TIMEOUT_S
         while True:
             for each in (self.home, self.away):
@@ -163,7 +172,6 @@ def test_what_is_killed_before_the_ticket_leaves_it_at_the_source(
 )
 def test_what_is_killed_after_the_ticket_leaves_it_at_the_destination(vm: SharedTpm, point: str, fault: Fault) -> None:
     left, came = vm.move(Injection(point, fault))
-    assert came
     assert left.state == came.state == "completed"
     vm.exchange()
     vm.assert_alone(vm.home)

@@ -33,6 +33,7 @@ from sealane.libvirt import binding
 from sealane.libvirt.machine import daemon_socket
 from sealane.limits import GIB, KIB, MIB
 from sealane.vtpm import swtpm
+from sealane.vtpm.record import Records
 
 # QEMU before 9.0 loses dirty pages under TCG (mended by QEMU's commit 03bfc2188f).
 _TCG_TRUSTWORTHY: Final = (9, 0, 0)
@@ -433,10 +434,13 @@ def check_vtpm(context: Context) -> Iterator[Finding]:
 
 
 def _vms_with_tpm(context: Context) -> list[str]:
-    """Their names, as far as the agent says them."""
-    with contextlib.suppress(SealaneError), AgentClient(context.paths.agent_socket) as agent:
-        return [vm.name for vm in agent.vms() if vm.vtpm is not None]
-    return []
+    """Those that have one here, and those that vms.toml gives one."""
+    records = Records(context.paths.state / "vtpm")
+    found = set(records.names())
+    with contextlib.suppress(SealaneError):
+        found = {name for name in found if (record := records.find(name)) is not None and record.status != "gone"}
+        found |= {vm.name for vm in load_vms(context.paths.config / "vms.toml") if vm.vtpm is not None}
+    return sorted(found)
 
 
 def check_tls(context: Context) -> Iterator[Finding]:
