@@ -7,8 +7,6 @@ Its cost is what a process costs on this machine, and says nothing of what SGX's
 
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -23,8 +21,11 @@ from sealane.errors import SealaneError
 from sealane.testing.problems import RigError
 from sealane.vtpm.control import BlobType, Command, ControlChannel
 from sealane.vtpm.envelope import Journey, StateSealer
-from sealane.vtpm.keeper import Order, call_keeper
+from sealane.vtpm.keeper import call_keeper
+from sealane.vtpm.launcher import KeeperLauncher
 from sealane.vtpm.link import Frame, Link, What
+from sealane.vtpm.order import Order
+from sealane.vtpm.record import Records
 from sealane.vtpm.swtpm import ANSWER_TIMEOUT_S, Swtpm, manufacture
 
 Figures: TypeAlias = dict[str, dict[str, list[float]]]
@@ -81,15 +82,17 @@ def _kept(image: Path, directory: Path) -> Iterator[ControlChannel]:
         vm="bench", how="adopt", epoch=0, storage=str(image), records=str(directory / "records"),
         scratch=str(directory / "scratch"), control_path=str(directory / "c"), admin_path=str(directory / "a"), tcti=None,
     )  # fmt: skip
-    subprocess.run(
-        [sys.executable, "-m", "sealane.vtpm"], input=order.encode(), stdout=subprocess.PIPE, timeout=60, check=True
-    )  # it says when it is there
+    launcher = KeeperLauncher()
+    launcher.launch(order, 2)
+    launcher.stop()
     qemu = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with qemu:
         qemu.connect(order.control_path)
         yield ControlChannel(qemu, ANSWER_TIMEOUT_S)
         with suppress(SealaneError, OSError):
             call_keeper(Path(order.admin_path), "stop")
+        with Records(Path(order.records)).locked(order.vm, wait=True):
+            pass  # it has ended
 
 
 @contextmanager

@@ -39,6 +39,7 @@ from sealane.vtpm.envelope import Journey, StateSealer
 from sealane.vtpm.keeper import call_keeper
 from sealane.vtpm.launcher import KeeperLauncher
 from sealane.vtpm.order import Order
+from sealane.vtpm.record import Records
 from sealane.vtpm.swtpm import ANSWER_TIMEOUT_S, STATE_FILE, Swtpm, manufacture
 
 Way = Literal["none", "swtpm", "sealane"]
@@ -276,6 +277,8 @@ def _kept(image: bytes | None, root: Path) -> Iterator[tuple[ControlChannel, Pat
             yield ControlChannel(qemu, ANSWER_TIMEOUT_S), admin
         finally:
             call_keeper(admin, "stop")
+            with Records(root / "records").locked(order.vm, wait=True):
+                pass  # it has ended
 
 
 @contextmanager

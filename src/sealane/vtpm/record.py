@@ -182,12 +182,12 @@ class Records:
         return None
 
     @contextlib.contextmanager
-    def locked(self, vm: str) -> Iterator[None]:
-        """Hold the VM's TPM alone, as its keeper does for life; raises `vtpm.busy`."""
+    def locked(self, vm: str, *, wait: bool = False) -> Iterator[None]:
+        """Hold the VM's TPM alone, as its keeper does for life; raises `vtpm.busy`, or waits for the keeper's end."""
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         with open(self.directory / f"{vm}.lock", "a", encoding="ascii") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise make_error("vtpm.busy", f"the TPM of {vm} is running") from None
             yield
