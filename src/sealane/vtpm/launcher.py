@@ -22,7 +22,7 @@ from typing import IO, Any, Final, NoReturn
 
 from sealane.errors import make_error
 from sealane.limits import VTPM_START_TIMEOUT_S
-from sealane.paths import ISOLATED
+from sealane.paths import isolated_module
 from sealane.vtpm.keeper import PACKET_MAX, serve_vm
 from sealane.vtpm.order import Order
 
@@ -56,7 +56,7 @@ class KeeperLauncher:
         with theirs:
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, *ISOLATED, "-m", "sealane.vtpm", str(theirs.fileno())],
+                    isolated_module("sealane.vtpm", theirs.fileno()),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     env={name: value for name, value in os.environ.items() if name not in _OURS_ALONE},
