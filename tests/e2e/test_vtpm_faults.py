@@ -1,5 +1,6 @@
 """A VM's own TPM on storage that both hosts share, and whatever is killed on its way: it works at one of the two, with all
-that was in it. Real swtpms, real QEMU, agents that stand still at each of their steps (`sealane.testing.faultpoints`)."""
+that was in it. Real swtpms, real QEMU, agents that stand still at each of their steps (`sealane.testing.faultpoints`).
+`./run test -m matrix` has more of the kills than CI."""
 
 import fcntl
 import sys
@@ -153,7 +154,7 @@ def test_both_hosts_may_keep_it_below_one_directory(vm: SharedTpm) -> None:
         ("destination:say:loaded:before", "kill-keeper"),
         ("destination:say:loaded:before", "kill-swtpm"),
         ("source:qemu:migrate_continue:before", "kill-enclave"),
-        ("destination:qemu:migrate_incoming:after", "kill-agent"),
+        pytest.param("destination:qemu:migrate_incoming:after", "kill-agent", marks=pytest.mark.matrix),
     ],
 )
 def test_what_is_killed_before_the_ticket_leaves_it_at_the_source(
@@ -168,7 +169,10 @@ def test_what_is_killed_before_the_ticket_leaves_it_at_the_source(
 
 @pytest.mark.parametrize(
     ("point", "fault"),
-    [("destination:journal:handing-over:after", "kill-agent"), ("source:hear:receipt", "kill-agent")],
+    [
+        ("destination:journal:handing-over:after", "kill-agent"),
+        pytest.param("source:hear:receipt", "kill-agent", marks=pytest.mark.matrix),
+    ],
 )
 def test_what_is_killed_after_the_ticket_leaves_it_at_the_destination(vm: SharedTpm, point: str, fault: Fault) -> None:
     left, came = vm.move(Injection(point, fault))
@@ -182,7 +186,7 @@ def test_what_is_killed_after_the_ticket_leaves_it_at_the_destination(vm: Shared
     ("point", "fault", "arrives"),
     [
         ("destination:journal:handing-over:before", "kill-keeper", True),
-        ("source:qemu:migrate:after", "kill-swtpm", False),
+        pytest.param("source:qemu:migrate:after", "kill-swtpm", False, marks=pytest.mark.matrix),
     ],
 )
 def test_a_guest_whose_tpm_was_killed_finds_it_again_when_it_is_started_anew(
