@@ -96,6 +96,25 @@ def test_the_reports_are_markdown_with_the_papers_values() -> None:
     assert "simulated" in text
 
 
+def test_what_went_wrong_is_told() -> None:
+    given_up = {"load": "write", "memory_mib": 512, "way": "rc4", "round": 2}
+    text = "\n".join(
+        paper_kvm_report.as_markdown(kvm_report() | {"broken_off": ["512 MB: no QEMU"], "not_arrived": [given_up]})
+    )
+    assert "Broken off: 512 MB: no QEMU" in text
+    assert "Given up: rc4, 512 MB" in text
+    assert "Broken off: VM 3" in "\n".join(paper_sgx_report.as_markdown(sgx_report(broken_off=["VM 3: no TPM"])))
+
+
+def test_nothing_measured_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def no_guest(load: str, memory: int) -> None:
+        raise RigError(f"no guest of {memory} MB")
+
+    monkeypatch.setattr(paper_kvm, "_guest_of", no_guest)
+    assert paper_kvm.main(["--quick"]) == paper.NO_REPORT
+    assert "no guest of 128 MB" in capsys.readouterr().err
+
+
 def test_a_way_that_was_not_measured_is_not_judged() -> None:
     report = kvm_report({way: total for way, total in TOTALS.items() if way != "ssh"})
     assert not [each for each in report["claims"] if "ssh" in each["claim"]]

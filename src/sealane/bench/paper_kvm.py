@@ -135,20 +135,27 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     samples: list[Sample] = []
     encoded: list[dict[str, Any]] = []
     lost: list[dict[str, Any]] = []
+    broken: list[str] = []
     tunnels: dict[str, Any] = {}
     for load in options.loads:
         for memory in options.memory:
-            with _guest_of(load, memory) as (pair, guest):
-                bench = _Bench(pair, guest, load, memory)
-                samples += bench.measure(options.ways, options.runs, tunnels)
-                lost += bench.lost
-                if memory == min(options.memory):
-                    encoded += [_count_encoded(pair, guest, load, memory) for _ in range(2)]
+            try:
+                with _guest_of(load, memory) as (pair, guest):
+                    bench = _Bench(pair, guest, load, memory, samples, lost)
+                    bench.measure(options.ways, options.runs, tunnels)
+                    if memory == min(options.memory):
+                        encoded += [_count_encoded(pair, guest, load, memory) for _ in range(2)]
+            except RigError as error:  # what was measured before is not thrown away
+                broken.append(f"{memory} MB, a guest that {load}s: {error}")
+                say(f"broken off: {broken[-1]}")
+    if not samples:
+        raise RigError("; ".join(broken) or "nothing was measured")
     report: dict[str, Any] = {
         "machine": _machine(tunnels),
         "rounds": options.runs,
         "samples": [asdict(sample) for sample in samples],
         "not_arrived": lost,
+        "broken_off": broken,
         "table_1": encoded,
     }
     return report | {"claims": judge(report)}
@@ -192,24 +199,33 @@ def _guest_of(load: str, memory_mib: int) -> Iterator[tuple[HostPair, Guest]]:
 
 
 class _Bench:
-    """One guest that goes to and fro. `lost` are moves that were given up, because the guest wrote faster than they went."""
+    """One guest that goes to and fro. What is measured goes into `samples` at once.
 
-    def __init__(self, pair: HostPair, guest: Guest, load: str, memory_mib: int) -> None:
+    Into `lost` goes what was given up, because the guest wrote faster than it went.
+    """
+
+    def __init__(
+        self,
+        pair: HostPair,
+        guest: Guest,
+        load: str,
+        memory_mib: int,
+        samples: list[Sample],
+        lost: list[dict[str, Any]],
+    ) -> None:
         self._pair, self._guest, self._load, self._memory = pair, guest, load, memory_mib
         self._source, self._destination = pair.a, pair.b
-        self.lost: list[dict[str, Any]] = []
+        self._samples, self._lost = samples, lost
 
-    def measure(self, ways: Sequence[str], runs: int, tunnels: dict[str, Any]) -> list[Sample]:
+    def measure(self, ways: Sequence[str], runs: int, tunnels: dict[str, Any]) -> None:
         """All rounds, and one more before them that is not counted."""
-        samples = []
         with ExitStack() as stack:
             through = self._open_tunnels(stack, tunnels) if "ssh" in ways else {}
             for number in range(runs + 1):
                 for way in ways:
                     sample = self._move(way, number, through.get(self._source.name, ""))
                     if sample is not None and number:
-                        samples.append(sample)
-        return samples
+                        self._samples.append(sample)
 
     def _open_tunnels(self, stack: ExitStack, tunnels: dict[str, Any]) -> dict[str, str]:
         found = {}
@@ -224,7 +240,7 @@ class _Bench:
             run = move(self._pair, self._guest, self._source, self._destination, method_of(way, through))
         where = f"{self._load:5} {self._memory:4} MiB round {number} {way:10}"
         if not run.completed:
-            self.lost.append({"load": self._load, "memory_mib": self._memory, "way": way, "round": number})
+            self._lost.append({"load": self._load, "memory_mib": self._memory, "way": way, "round": number})
             say(f"{where} given up after {_CONVERGE_S:.0f} s")
             return None
         self._source, self._destination = self._destination, self._source

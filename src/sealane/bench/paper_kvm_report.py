@@ -181,6 +181,7 @@ def as_markdown(report: Mapping[str, Any]) -> list[str]:
         lines += [f"A guest that {load}s:", "", *_figure(samples, load, "cpu_s", digits=1), ""]
     lines += ["### Table 1: pages re-encoded, and their share of all data", "", *_table_1(report["table_1"]), ""]
     lines += ["### The paper's claims", "", RULE, "", *claims_table([each for each in claims if not each["ours"]])]
+    lines += [f"\nBroken off: {each}" for each in report["broken_off"]]
     for each in report["not_arrived"]:
         lines += [
             "",

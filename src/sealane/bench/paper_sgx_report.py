@@ -129,6 +129,7 @@ def as_markdown(report: Mapping[str, Any]) -> list[str]:
         f"### Table 2 and figure 14: total migration time, ms; {report['runs']} runs of each VM, median and range",
         "",
         *_table_2(report["totals_ms"]),
+        *(f"\nBroken off: {each}" for each in report["broken_off"]),
         "",
         "### The second paper's claims",
         "",
