@@ -63,6 +63,15 @@ def test_features_may_be_asked_before_the_connection_is_opened() -> None:
     say(auth_list(), feature(), connect_open(serial=3))
 
 
+def test_a_session_is_opened_with_what_its_client_sends_along() -> None:
+    agreed = Agreed("qemu:///session", DOMAIN, SOCKET)
+    say(auth_list(), connect_open("qemu:///session", flags=6), agreed=agreed)
+    for flags in (1, 8, 7):
+        refuses(
+            say(auth_list(), agreed=agreed), connect_open("qemu:///session", flags=flags), "a connection with flags"
+        )
+
+
 def test_lookups_of_the_domain_and_keepalive_go_through() -> None:
     say(
         *opened(),
@@ -145,7 +154,7 @@ def test_every_other_procedure_is_refused() -> None:
     [
         (connect_open("qemu:///session"), "a connection to qemu:///session"),
         (connect_open("test:///default"), "a connection to test"),
-        (connect_open(flags=2), "a connection to"),
+        (connect_open(flags=2), "a connection with flags"),
         (message(Procedure.CONNECT_OPEN, word(0) + word(0), serial=1), "any hypervisor"),
     ],
 )

@@ -57,6 +57,8 @@ class MigrateFlag:
     PARALLEL: Final = 1 << 17
 
 
+# What libvirt's client notes for itself of a user's session, and sends along: VIR_DRV_OPEN_REMOTE_USER, _AUTOSTART.
+_SESSION_OPEN: Final = 0b110
 COPY_FLAGS: Final = MigrateFlag.NON_SHARED_DISK | MigrateFlag.NON_SHARED_INC
 _ALLOWED_FLAGS: Final = (
     MigrateFlag.LIVE
@@ -168,8 +170,10 @@ def _nothing(agreed: Agreed, arguments: XdrReader) -> None:
 
 def _open(agreed: Agreed, arguments: XdrReader) -> None:
     uri = arguments.string() if arguments.boolean() else ""
-    if uri != agreed.uri or arguments.uint32():
+    if uri != agreed.uri:
         raise refused(f"a connection to {printable(uri, 60) or 'any hypervisor'}")
+    if (flags := arguments.uint32()) & ~(_SESSION_OPEN if uri.endswith("/session") else 0):
+        raise refused(f"a connection with flags {flags:#x}")
 
 
 def _feature(agreed: Agreed, arguments: XdrReader) -> None:

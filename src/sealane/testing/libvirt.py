@@ -181,7 +181,12 @@ class LibvirtHost:
         (home / ".config/libvirt/qemu.conf").write_text(_QEMU_CONF)
         self.outside(_RUNTIME).mkdir(parents=True)
         environment = (f"HOME={home}", f"XDG_RUNTIME_DIR={_RUNTIME}", f"XDG_CONFIG_HOME={home}/.config")
-        user = ("unshare", "--user", f"--map-user={USER}", f"--map-group={USER}", "--")
+        number = self.host.scratch / "user"
+        words = ("unshare", "--user", f"--map-user={USER}", f"--map-group={USER}", "--")
+        # one namespace for all: across two of them nobody may look at the other's processes, though both are the same user's
+        holder = self.host.start(*words, "sh", "-c", f"echo $$ >{number}; exec sleep infinity")
+        holder.wait_until(lambda: number.exists() and number.read_text().endswith("\n"), "its user")
+        user = ("nsenter", f"--target={number.read_text().strip()}", "--user", "--preserve-credentials", "--")
         self.host.inside = (*self.host.inside, *user, "env", f"XDG_CACHE_HOME={home}/.cache", *environment)
 
     def _first_process(self) -> int:
