@@ -20,7 +20,7 @@ from sealane.cli.trust_checks import check_expectations, check_roots
 from sealane.crypto.identity import create_identity, load_identity, save_identity
 from sealane.enclave.sandbox import MEASURES, REQUIRED
 from sealane.errors import CATALOGUE, make_error
-from sealane.host.models import Vm
+from sealane.host.models import Progress, Vm
 from sealane.paths import Paths
 from tests.cli.conftest import Run
 from tests.cli.stand_in import CHANNEL, FINGERPRINT, HALFWAY, StandIn, completed, failed, migration
@@ -206,6 +206,14 @@ def test_vm_list_tells_what_waits_from_what_moves(agent: StandIn, run: Run) -> N
     assert [row[heads.index("vTPM") :].split()[0] for row in rows] == ["yes", "no", "no"]
     assert "known from  libvirt" in run("vm", "show", "win").stdout
     assert "a" * 8 in run("vm", "show", "db02").stdout
+
+
+def test_nobody_says_that_a_vm_runs_which_did_not_answer(agent: StandIn, run: Run) -> None:
+    agent.latest = failed("vm.unreachable", progress=Progress()).migration
+    agent.remembered = [agent.latest]
+    for told in (run("status", "web01").stdout, run("cancel", "web01").stderr):
+        assert "web01 does not answer here" in told
+        assert "still runs" not in told
 
 
 def test_rate(agent: StandIn, run: Run) -> None:

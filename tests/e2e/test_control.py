@@ -135,7 +135,14 @@ def test_both_sides_at_once(rig: Rig) -> None:
         refused = [event.migration for event in client.events(other.id)][-1]
     assert refused.problem is not None
     assert refused.problem.code == "vm.unreachable"
-    rig.assert_arrived(rig.attempt())
+    arrived = rig.attempt()
+    rig.assert_arrived(arrived)
+    with rig.away.client() as client:
+        other = client.start_migration(MigrationRequest(vm=rig.guest.name, host=rig.home.name))
+        refused = [event.migration for event in client.events(other.id)][-1]
+    assert refused.problem is not None
+    went = f"{rig.guest.name} went to {rig.home.name} in migration {arrived.source.number}"
+    assert (refused.problem.code, refused.problem.detail.partition(",")[0]) == ("vm.unreachable", went)
 
 
 # A link that stalls

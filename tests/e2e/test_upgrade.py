@@ -8,10 +8,12 @@ from contextlib import contextmanager
 
 import pytest
 
+from sealane.testing.hosts import BackgroundProcess
 from sealane.testing.machine import Hardware, Workload
 from sealane.testing.pair import PROGRAM, AgentHost
 from tests.e2e.rig import MIB, Rig, make_rig
 from tests.e2e.test_crashes import follow_until
+from tests.e2e.test_evacuation import lines_of
 
 pytestmark = pytest.mark.e2e
 
@@ -74,7 +76,7 @@ def test_upgrade_in_the_middle_of_an_evacuation() -> None:
         home = rig.home
         process = home.host.start(*PROGRAM, "evacuate", rig.away.name, "--all", "--json")
         try:
-            first = _the_one_that_copies(home)
+            first = _the_one_that_copies(process)
             follow_until(home, first, MIB)
             (home.host.paths.config / "agent.toml").write_text("[limits]\nstop_grace_s = 0.2\n")
             upgrade(home)
@@ -93,9 +95,16 @@ def test_upgrade_in_the_middle_of_an_evacuation() -> None:
         rig.assert_goes_on()
 
 
-def _the_one_that_copies(end: AgentHost) -> str:
-    while True:
-        with end.client() as client:
-            for migration in client.migrations(active=True):
-                if migration.state == "copying":
-                    return migration.id
+def _the_one_that_copies(process: BackgroundProcess) -> str:
+    """As the evacuation itself tells it; an evacuation that ends before is heard of at once."""
+    copying: list[str] = []
+
+    def heard() -> bool:
+        for line in lines_of(process):
+            migration = line.get("migration", {})
+            if migration.get("state") == "copying":
+                copying.append(migration["id"])
+        return bool(copying)
+
+    process.wait_until(heard, "a copy", timeout_s=90.0)
+    return copying[0]

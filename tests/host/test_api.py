@@ -263,12 +263,13 @@ async def test_a_life_on_a_real_socket(paths: Paths) -> None:
 PROGRAM = """
 import sys
 from pathlib import Path
-import sealane.host.agent as module
+from sealane.host.agent import Agent
 from sealane.host.config import Settings
+from sealane.host.entrance import run_agent
 from sealane.paths import Paths
 from tests.host.stand_ins import StandInListener
-module.Agent.__init__.__kwdefaults__["make_listener"] = StandInListener
-sys.exit(module.run_agent(Paths(*map(Path, sys.argv[1:])), Settings(name="host-a")))
+Agent.__init__.__kwdefaults__["make_listener"] = StandInListener
+sys.exit(run_agent(Paths(*map(Path, sys.argv[1:])), Settings(name="host-a")))
 """
 
 

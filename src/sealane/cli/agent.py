@@ -6,8 +6,8 @@ import typer
 
 from sealane.cli import format as words
 from sealane.cli.output import Output, command
-from sealane.host.agent import run_agent
 from sealane.host.config import load_settings
+from sealane.host.entrance import run_agent
 from sealane.paths import Paths
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)

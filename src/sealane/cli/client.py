@@ -1,6 +1,7 @@
 """The agent's REST interface on its unix socket, typed, with its problems as Sealane's errors."""
 
 import contextlib
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -60,7 +61,8 @@ class AgentClient:
     def __init__(self, socket: Path | None = None, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> None:
         self.socket = Paths.from_environment().agent_socket if socket is None else socket
         timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
-        transport = httpx.HTTPTransport(uds=str(self.socket))
+        # no TLS is spoken here, and by default each client would read all of the system's certificates
+        transport = httpx.HTTPTransport(uds=str(self.socket), verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         self._http = httpx.Client(
             transport=transport,
             base_url="http://sealane",

@@ -17,8 +17,13 @@ STAGES = {
 
 
 def where(migration: Migration) -> str:
-    """Where the VM runs, as the host that is asked knows it."""
+    """Where the VM runs, as the host that is asked knows it; where QEMU itself does not answer, nobody can say that it runs."""
     vm, peer = migration.vm, migration.peer
+    code = None if migration.problem is None else migration.problem.code
+    if (migration.role, migration.runs_at, code) == ("source", "source", "vm.unreachable"):
+        return f"{vm} does not answer here"
+    if (migration.role, migration.runs_at, code) == ("source", "source", "vm.not-running"):
+        return f"{vm} was not touched"
     if migration.runs_at == "nowhere":
         return f"{vm} runs nowhere"
     if migration.role == "source":
@@ -48,16 +53,6 @@ def copied(migration: Migration) -> int | None:
     return words.percent(total - progress.bytes_remaining - progress.disk_bytes_remaining, total)
 
 
-def _place_after(migration: Migration) -> str:
-    """Where the VM is after a failure; where QEMU itself does not answer, nobody can say that it runs."""
-    code = None if migration.problem is None else migration.problem.code
-    if migration.role == "source" and migration.runs_at == "source" and code == "vm.unreachable":
-        return f"{migration.vm} does not answer here"
-    if migration.role == "source" and migration.runs_at == "source" and code == "vm.not-running":
-        return f"{migration.vm} was not touched"
-    return where(migration)
-
-
 def headline(migration: Migration) -> str:
     """The first line of how a migration that did not succeed ended."""
     if migration.state == "in-doubt" or migration.runs_at == "in-doubt":
@@ -73,7 +68,7 @@ def headline(migration: Migration) -> str:
         how = verb
     else:
         how = f"{verb} at {done} %"
-    return f"{how}; {_place_after(migration)}"
+    return f"{how}; {where(migration)}"
 
 
 def outcome(migration: Migration) -> str:

@@ -126,10 +126,22 @@ class SourceMigration(Job):
                         await self._migrate(self._qemu, directory)
                     except BaseException as error:
                         await uninterrupted(self._give_up(error))
+        except SealaneError as error:
+            raise self._where_it_went(error) from error.__cause__
         finally:
             self._context.rates.leave(self.id)
             if self._enclave is not None:
                 await uninterrupted(self._enclave.reap())
+
+    def _where_it_went(self, error: SealaneError) -> SealaneError:
+        """Nothing of the VM is here: the journal may know why."""
+        if error.code != "vm.unreachable" or not is_absent(error):
+            return error
+        last = next((each for each in self.store.migrations(vm=self._vm.name) if each.state == "completed"), None)
+        if last is None or last.role != "source":
+            return error
+        words = f"{self._vm.name} went to {last.peer} in migration {last.number}, and nothing of it is here"
+        return make_error(error.code, words, mend=f"ask the agent of {last.peer} to move it")
 
     # ---- the way there
 
