@@ -29,6 +29,8 @@ from tests.host.factories import migration
 from tests.host.stand_ins import StandInJob, StandInListener, make_source
 
 FINGERPRINT = "SHA256:" + "a" * 64
+# What never comes is found out; a starved machine is given its time.
+PATIENCE_S = 90
 
 
 @pytest.fixture
@@ -210,11 +212,11 @@ async def test_ready_is_said_before_what_was_left_is_recovered(paths: Paths, mon
     agent = Agent(paths, Settings(name="host-a"), make_listener=StandInListener, make_source=make_source)
     agent.store.journal(migration(1, state="copying"))
     life = asyncio.create_task(agent.run(ready.set))
-    await asyncio.wait_for(ready.wait(), 20)
-    await asyncio.wait_for(begun.wait(), 20)
+    await asyncio.wait_for(ready.wait(), PATIENCE_S)
+    await asyncio.wait_for(begun.wait(), PATIENCE_S)
     assert agent.jobs.active_for("web01")
     agent.stop()
-    await asyncio.wait_for(life, 20)
+    await asyncio.wait_for(life, PATIENCE_S)
 
 
 async def test_a_recovery_that_fails_is_tried_again(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,9 +234,9 @@ async def test_a_recovery_that_fails_is_tried_again(paths: Paths, monkeypatch: p
     agent = Agent(paths, Settings(name="host-a"), make_listener=StandInListener, make_source=make_source)
     agent.store.journal(migration(1, state="copying"))
     life = asyncio.create_task(agent.run())
-    await asyncio.wait_for(thrice.wait(), 20)
+    await asyncio.wait_for(thrice.wait(), PATIENCE_S)
     agent.stop()
-    await asyncio.wait_for(life, 20)
+    await asyncio.wait_for(life, PATIENCE_S)
 
 
 async def test_a_life_on_a_real_socket(paths: Paths) -> None:
@@ -242,7 +244,7 @@ async def test_a_life_on_a_real_socket(paths: Paths) -> None:
     agent = Agent(paths, Settings(name="host-a"), make_listener=StandInListener, make_source=make_source)
     ready = asyncio.Event()
     life = asyncio.create_task(agent.run(ready.set))
-    await asyncio.wait_for(ready.wait(), 20)
+    await asyncio.wait_for(ready.wait(), PATIENCE_S)
     assert stat.S_IMODE(paths.agent_socket.stat().st_mode) == 0o660
     transport = httpx.AsyncHTTPTransport(uds=str(paths.agent_socket))
     async with httpx.AsyncClient(transport=transport, base_url="http://sealane") as client:
@@ -256,7 +258,7 @@ async def test_a_life_on_a_real_socket(paths: Paths) -> None:
             rest = [Event.model_validate_json(line) async for line in lines]
         assert (rest[-1].type, rest[-1].migration.state) == ("end", "aborted")
     agent.stop()
-    await asyncio.wait_for(life, 20)
+    await asyncio.wait_for(life, PATIENCE_S)
     assert not paths.agent_socket.exists()
 
 

@@ -228,6 +228,10 @@ class Enclave:
         self._connection, self._quoting = connection, QuotingLine(quoting, self._clock)
         self._reattest_every_s = call.reattest_every_s
         connection.setblocking(False)
+        if self._is_source:  # the peer waits but seconds for it, and a policy may take longer to come
+            self._outgoing = encode_preface(Preface(ConnectionKind.CHANNEL, bytes.fromhex(call.migration)))
+            with contextlib.suppress(OSError):  # met again, and told, when the channel speaks
+                self._outgoing = self._outgoing[connection.send(self._outgoing) :]
         self._selector.register(quoting, selectors.EVENT_READ, self._on_quoting)
         self._quoting.ask(PolicyWanted(), lambda policy: self._open_channel(call, policy))
 
@@ -249,8 +253,6 @@ class Enclave:
                 host_certificate=call.host_certificate.encode(),
             ),
         )
-        if self._is_source:
-            self._outgoing = encode_preface(Preface(ConnectionKind.CHANNEL, bytes.fromhex(call.migration)))
         self._selector.register(self._need_connection(), selectors.EVENT_READ, self._on_channel)
 
     def _finish(self) -> None:

@@ -33,6 +33,7 @@ from sealane.host.migration.enclave_launcher import EnclaveLauncher
 from sealane.host.migration.enclave_process import Child, EnclaveProcess, uninterrupted
 from sealane.host.migration.messages import Loaded, Prepared
 from sealane.limits import TRUSTED_PER_CALL
+from sealane.session.preface import PREFACE_BYTES, ConnectionKind, parse_preface
 from tests.enclave.quoting import quoting_line
 from tests.enclave.rig import open_descriptors, receive_exactly, tcp_pair
 from tests.session.rig import DESTINATION, MIGRATION, NOW, SOURCE, SUBJECT
@@ -114,6 +115,18 @@ async def test_two_agents_talk_through_real_enclaves_and_leave_nothing(launcher:
         each.abort(make_error("peer.slow"))
     lines_end()
     assert open_descriptors() == before
+
+
+async def test_the_preface_does_not_wait_for_the_policy(launcher: EnclaveLauncher) -> None:
+    """The peer closes a connection that says nothing for seconds; a quoting process that measures may take longer."""
+    enclave = await launcher.start_enclave()
+    (here, there), (silent, quoting) = tcp_pair(), socket.socketpair()
+    with there, silent:
+        enclave.call(begin("source"), here, quoting)
+        preface = parse_preface(receive_exactly(there, PREFACE_BYTES))
+        assert (preface.kind, preface.label.hex()) == (ConnectionKind.CHANNEL, MIGRATION)
+        enclave.kill()
+        await enclave.reap()
 
 
 async def test_more_peers_are_trusted_than_one_call_can_name(launcher: EnclaveLauncher) -> None:
