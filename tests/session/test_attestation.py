@@ -1,6 +1,8 @@
 """The attested handshake as transcripts: two ends that fit, and everybody who does not."""
 
 import contextlib
+import hashlib
+import hmac
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -162,6 +164,32 @@ def test_both_ends_know_each_other_and_share_a_secret() -> None:
     assert set(here.evidence) == {"platform-log", "software.statement"}
     kinds = [message.kind.name for message in source.said + destination.said]
     assert kinds == ["CHALLENGE", "SHOW", "M1", "M3", "CHALLENGE", "SHOW", "M2", "M4"]
+
+
+def test_keys_and_signatures_are_as_the_documentation_has_them() -> None:
+    """Computed anew from docs/handshake.md ("What is bound to what"), so that no ingredient can be left out unnoticed."""
+
+    def expand(key: bytes, info: bytes) -> bytes:  # RFC 5869, one block
+        return hmac.digest(key, info + b"\x01", "sha256")
+
+    source, destination = sides()
+    talk(source, destination)
+    said = {(end.role, message.kind): message for end in (source, destination) for message in end.said}
+    begun = [said[end, kind] for kind in (MessageKind.CHALLENGE, MessageKind.SHOW) for end in ROLES]
+    seeds = b"".join(message.body[:32] for message in begun[2:])
+    secret = hmac.digest(EXPORTER, seeds, "sha256")
+    transcript = first = hashlib.sha256(b"".join(message.encode() for message in begun)).digest()
+    for kind, end in zip([MessageKind.M1, MessageKind.M2, MessageKind.M3, MessageKind.M4], ROLES * 2, strict=True):
+        message = said[end, kind]
+        key = expand(secret, b"sealane v1 attest mac" + bytes([end.number]) + first)
+        assert message.mac == hmac.digest(key, transcript + message.authenticated, "sha256")
+        transcript = hashlib.sha256(transcript + message.encode()).digest()
+        if kind in {MessageKind.M2, MessageKind.M3}:
+            nonces, signature, logs = message.body[:64], message.body[64:128], message.body[128:]
+            signed = b"sealane v1 logs" + bytes([end.number]) + first + nonces + hashlib.sha256(logs).digest()
+            identity = SOURCE if end is End.SOURCE else DESTINATION
+            parse_public_key(public_key(identity.key_pem)).verify_ed25519(signature, signed)
+    assert source.attested[0].secret == expand(secret, b"sealane v1 migration" + transcript)
 
 
 def test_no_secret_nonce_or_seed_comes_twice() -> None:
