@@ -2,7 +2,7 @@
 
 import pytest
 
-from sealane.session.handover import TRANSITIONS, Input, Role
+from sealane.session.handover import IN_POSTCOPY, TRANSITIONS, Input, Role, State
 from sealane.testing.campaign import OPENINGS, Campaign, page
 from sealane.testing.faultdirector import Injection
 
@@ -25,6 +25,21 @@ SAMPLE = (
     (OPENINGS[0], Injection("source:journal:aborted:after", "kill-agent")),
     (OPENINGS[1], Injection("source:journal:completed:after", "kill-agent")),
 )
+POSTCOPY_SAMPLE = (
+    # given up, and QEMU not told: the destination's QEMU never switches, and the source takes the VM back
+    ((Injection("postcopy:source:journal:postcopy:after", "kill-agent"),), "aborted"),
+    # the destination's QEMU has switched, and nothing says so but QEMU itself
+    ((Injection("postcopy:destination:journal:postcopy:before", "kill-agent"),), "completed"),
+    ((Injection("rejoined:destination:say:rejoined:after", "kill-enclave"),), "completed"),
+)
+WENT_WRONG = {Input.FAILED, Input.REFUSED, Input.NOT_SENT}
+TO_POSTCOPY = {Input.TICKET_HELD, Input.SWITCHED}
+BEFORE_A_CUT = {State.PREPARING, State.COPYING, State.SWITCHING_OVER, State.POSTCOPY}
+AFTER_A_CUT = {
+    (State.POSTCOPY, Input.FAILED),
+    (State.POSTCOPY_PAUSED, Input.REJOINED),
+    (State.POSTCOPY, Input.ARRIVED),
+}
 
 
 @pytest.mark.timeout(240)
@@ -43,15 +58,49 @@ def test_sample() -> None:
     assert f"{len(SAMPLE)} attempts with {sum(map(len, SAMPLE))} injected faults; a check failed after 0." in told
 
 
+@pytest.mark.timeout(300)
+def test_sample_of_postcopy() -> None:
+    campaign = Campaign(seed=1)
+    try:
+        points = set(campaign.points("postcopy"))
+        assert points >= on_the_way_by_postcopy()
+        for injections, ending in POSTCOPY_SAMPLE:
+            outcome = campaign.attempt(list(injections))
+            assert not outcome.problems, outcome
+            assert outcome.fired == [str(each) for each in injections], outcome
+            assert outcome.ending == ending, outcome
+    finally:
+        campaign.close()
+
+
 def on_the_way() -> set[str]:
     """Every transition of a precopy hand-over that goes well, and the journal's entry of each state."""
-    went_wrong = {Input.FAILED, Input.REFUSED, Input.NOT_SENT}
-    postcopy = {Input.TICKET_HELD, Input.SWITCHED, Input.REJOINED, Input.ARRIVED}
     found = set()
-    for role in Role:
-        for state, steps in TRANSITIONS[role].items():
-            for happened in set(steps) - went_wrong - postcopy:
-                if state != "in-doubt":
-                    found |= {f"{role}:step:{state}:{happened}"}
-                    found |= {f"{role}:journal:{steps[happened]}:{when}" for when in ("before", "after")}
+    for role, state, happened in transitions():
+        if state not in IN_POSTCOPY | {State.IN_DOUBT} and happened not in WENT_WRONG | TO_POSTCOPY:
+            found |= met(role, state, happened)
     return found
+
+
+def on_the_way_by_postcopy() -> set[str]:
+    """The same by postcopy; and, once the line was cut, every one that leads from there to the end."""
+    found = set()
+    for role, state, happened in transitions():
+        by_precopy = {Input.RELEASED, Input.TICKET_JOURNALLED}
+        if role is Role.DESTINATION:
+            by_precopy.add(Input.VM_STOPPED)
+        if state in BEFORE_A_CUT and happened not in WENT_WRONG | by_precopy:
+            found |= met(role, state, happened, "postcopy:")
+        if (state, happened) in AFTER_A_CUT:
+            found |= met(role, state, happened, "rejoined:")
+    return found
+
+
+def transitions() -> list[tuple[Role, State, Input]]:
+    return [(role, state, happened) for role in Role for state, row in TRANSITIONS[role].items() for happened in row]
+
+
+def met(role: Role, state: State, happened: Input, prefix: str = "") -> set[str]:
+    following = TRANSITIONS[role][state][happened]
+    entries = {f"{prefix}{role}:journal:{following}:{when}" for when in ("before", "after")}
+    return {f"{prefix}{role}:step:{state}:{happened}"} | entries

@@ -117,7 +117,7 @@ async def test_a_source_whose_receipt_came_leaves_another_vm_alone(tmp_path: Pat
             assert await run_state(tmp_path / "s") == "running"
 
 
-@pytest.mark.parametrize("state", ["handing-over", "in-doubt"])
+@pytest.mark.parametrize("state", ["handing-over", "in-doubt", "postcopy", "postcopy-paused"])
 async def test_a_source_that_runs_is_not_in_doubt(tmp_path: Path, state: str) -> None:
     """The refusal was heard and the VM resumed, and the agent died before it wrote that down."""
     with Store(tmp_path / "db") as store:

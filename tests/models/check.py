@@ -33,6 +33,9 @@ SAFETY = ("in_the_table", "never_two", "never_none", "doubt_is_paused")
 # A claim about whole runs. It holds for every run, so also for every fair one.
 LIVENESS = ("ends",)
 HANDOVER = Model(MODEL, TABLE, SAFETY, LIVENESS)
+POSTCOPY = Model(
+    MODELS / "postcopy.pml", TABLE, ("in_the_table", "never_two", "never_none", "given_up"), liveness=("ends",)
+)
 # What an end that believes may rely on, one by one; `everything` is all of them in one walk.
 AGREEMENT = (
     "right_host",
@@ -52,7 +55,7 @@ AGREEMENT = (
 )
 HANDSHAKE = Model(MODELS / "handshake.pml", HANDSHAKE_TABLE, ("everything", *AGREEMENT))
 _DEPTH_MAX = 1_000_000
-_TIMEOUT_S = 600
+_TIMEOUT_S = 900
 
 
 class SpinError(Exception):
@@ -147,9 +150,9 @@ def _run(argv: Sequence[str], directory: Path) -> str:
 def main() -> int:
     """Check all claims and print what was looked at; 0 where all hold."""
     parser = argparse.ArgumentParser(prog="./run model", description=__doc__)
-    parser.add_argument("--only", choices=("handover", "handshake"), help="one of the two models")
+    parser.add_argument("--only", choices=("handover", "postcopy", "handshake"), help="one of the models")
     parser.add_argument("--rounds", type=int, default=2, help="hand-over: migrations that are tried [2]")
-    parser.add_argument("--crashes", type=int, default=3, help="hand-over: crashes of agents, enclaves, QEMUs [3]")
+    parser.add_argument("--crashes", type=int, default=3, help="hand-over, postcopy: crashes, cuts [3]")
     parser.add_argument("--sessions", type=int, default=3, help="handshake: sessions of the two honest hosts [3]")
     parser.add_argument("--define", action="append", default=[], metavar="NAME", help="take a safeguard out")
     arguments = parser.parse_args()
@@ -158,10 +161,12 @@ def main() -> int:
             print(f"{path.name} is not what the code says: python -m tests.models.table", file=sys.stderr)
             return 1
     verdicts = []
-    if arguments.only != "handover":
+    if arguments.only in {None, "handshake"}:
         verdicts += _check_handshake(arguments.sessions, arguments.define)
-    if arguments.only != "handshake":
+    if arguments.only in {None, "handover"}:
         verdicts += _check_handover(arguments.rounds, arguments.crashes, arguments.define)
+    if arguments.only in {None, "postcopy"}:
+        verdicts += _check_postcopy(arguments.crashes, arguments.define)
     return 0 if all(verdict.holds for verdict in verdicts) else 1
 
 
@@ -181,6 +186,12 @@ def _check_handover(rounds: int, most: int, defines: Sequence[str]) -> list[Verd
         sizes = [f"ROUNDS={rounds}", f"CRASHES={crashes}"]
         verdicts += [_told(claim, [*sizes, *defines], HANDOVER) for claim in claims]
     return verdicts
+
+
+def _check_postcopy(crashes: int, defines: Sequence[str]) -> list[Verdict]:
+    print(f"postcopy: up to {crashes} crashes and cuts", *defines)
+    claims = (*POSTCOPY.safety, *POSTCOPY.liveness)
+    return [_told(claim, [f"CRASHES={crashes}", *defines], POSTCOPY) for claim in claims]
 
 
 def _told(claim: str, defines: Sequence[str], model: Model) -> Verdict:

@@ -9,10 +9,12 @@ A previous agent left them, or a job of this one that could not do its last step
     source       handing-over, in-doubt                  the VM stays paused: in-doubt; one that runs was refused: aborted
     source       completed, but not ended                the receipt came: end the copy that QEMU says it sent away
                  (`doubts` journals `aborted` and `completed` so, when it is known how a doubt ends)
-    source       postcopy, postcopy-paused               join the halves again (`rejoin`); QEMU keeps its own meanwhile
+    source       postcopy, postcopy-paused               join the halves again (`rejoin`); QEMU keeps its own meanwhile;
+                                                         one that runs was refused: aborted
     destination  preparing, copying, switching-over      destroy the launched QEMU, aborted; but where a ticket to switch to
                                                          postcopy is held and QEMU has switched: as postcopy
-    destination  postcopy, postcopy-paused               let the VM run on its half, until the source joins the other one
+    destination  postcopy, postcopy-paused               keep the half, until the source joins the other one; the VM runs on
+                                                         it where it did, and as soon as all of it is here
     destination  aborted, but not ended                  the same: the launched QEMU could not be destroyed
     destination  handing-over                            the ticket is ours: resume, completed
 
@@ -159,21 +161,27 @@ class Recovery:
             log.warning("nobody joins the halves again", code=error.code, detail=error.detail)
 
     async def _keep_half(self, entry: JournalEntry) -> Migration:
-        """Ended or run again, the VM would be lost, or there twice: what runs at the destination lacks what is here."""
+        """Ended or run again, the VM would be lost, or there twice: what runs at the destination lacks what is here.
+
+        One that runs was refused by the destination, and taken back, and that could not be journalled.
+        """
+        if await self._runs_again(entry):
+            return _aborted(entry, "source", "the VM runs here again")
         problem = entry.migration.problem or problem_of(
             make_error("migration.postcopy-paused", "the agent was restarted")
         )
         return _changed(entry, state="postcopy-paused", runs_at="destination", problem=problem)
 
     async def _run_on_half(self, entry: JournalEntry) -> Migration:
+        """A VM that was not yet let run waits for the other half: at the first page it lacks QEMU itself might stand still."""
         problem = entry.migration.problem or problem_of(
             make_error("migration.postcopy-paused", "the agent was restarted")
         )
         try:
             async with self._machine(entry) as machine:
-                if await machine.run_state() != "running":
-                    await machine.resume()
                 if (await machine.migration_status()).status == "completed":
+                    if await machine.run_state() != "running":
+                        await machine.resume()
                     await settings.restore(machine, entry.qemu_before)
                     return _changed(entry, state="completed", runs_at="destination", detail="all of its memory is here")
         except SealaneError as error:
@@ -208,13 +216,18 @@ class Recovery:
 
     async def _keep_in_doubt(self, entry: JournalEntry) -> Migration:
         """Only the destination's refusal, or a person, makes a released VM run here: then there is no doubt left."""
+        if await self._runs_again(entry):
+            return _aborted(entry, "source", "the VM runs here again")
+        problem = entry.migration.problem or problem_of(make_error("handover.in-doubt"))
+        return _changed(entry, state="in-doubt", runs_at="in-doubt", problem=problem)
+
+    async def _runs_again(self, entry: JournalEntry) -> bool:
         with contextlib.suppress(SealaneError):
             async with self._machine(entry) as machine:
                 if await machine.run_state() == "running":
                     await settings.restore(machine, entry.qemu_before)
-                    return _aborted(entry, "source", "the VM runs here again")
-        problem = entry.migration.problem or problem_of(make_error("handover.in-doubt"))
-        return _changed(entry, state="in-doubt", runs_at="in-doubt", problem=problem)
+                    return True
+        return False
 
     async def _end_copy(self, entry: JournalEntry) -> Migration:
         try:

@@ -244,8 +244,26 @@ class QmpMachine(QmpConnection):
             await asyncio.sleep(BLIND_LOOK_INTERVAL_S)
 
     async def recover_incoming(self, uri: str) -> None:
-        """A destination in "postcopy-paused" listens on `uri` for the source's other half."""
-        await self.execute("migrate-recover", {"uri": uri})
+        """A destination whose lanes are gone listens on `uri` for the source's other half.
+
+        Out of band: its main thread may wait for a page itself, and then does nothing else until the halves are joined.
+        """
+        last = make_error("migration.qemu-failed", "QEMU does not pause its postcopy")
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while True:
+                    try:
+                        await self.execute_out_of_band("migrate-recover", {"uri": uri})
+                        return
+                    except SealaneError as error:
+                        if error.code != "vm.qmp":
+                            raise
+                        last = error  # not paused yet: it may not have seen that its lanes are gone
+                    with contextlib.suppress(SealaneError):
+                        await self.execute_out_of_band("migrate-pause")
+                    await asyncio.sleep(BLIND_LOOK_INTERVAL_S)
+        except TimeoutError:
+            raise last from None
 
     async def recover_outgoing(self, uri: str) -> None:
         """A source in "postcopy-paused" goes on by `uri`; `wait_migration` tells how."""

@@ -206,9 +206,16 @@ class QmpConnection:
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
         """One QMP command. Raises `vm.qmp` where QEMU refuses, `vm.unreachable` where it is gone or hangs."""
+        return await self._execute(command, arguments, out_of_band=False)
+
+    async def execute_out_of_band(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
+        """As `execute`, for the few commands that QEMU does beside whatever its main thread does, or waits for."""
+        return await self._execute(command, arguments, out_of_band=True)
+
+    async def _execute(self, command: str, arguments: Mapping[str, object] | None, *, out_of_band: bool) -> object:
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._client.execute(command, arguments)
+                return await self._client.execute(command, arguments, oob=out_of_band)
         except TimeoutError:
             raise make_error("vm.unreachable", f"no answer to {command} within {self._timeout_s:g} s") from None
         except ExecuteError as error:  # it carries the message that was sent: never chain it

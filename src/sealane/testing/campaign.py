@@ -1,9 +1,10 @@
 """The fault campaign: `python -m sealane.testing.campaign`, or `./run faults`.
 
-It first migrates without a fault and notes every point that is reached. Then each fault is injected at each of these
-points, one at a time, in an order that follows from the seed; then pairs: a single fault, and a second one at a point
-that was reached after it, perhaps in the recovery from it. `--count` bounds how many attempts are made. The exit status
-is 0 where everything held after every fault.
+It goes two ways, one after the other: precopy, and postcopy (`trips.py`). On each it first migrates without a fault and
+notes every point that is reached. Then each fault is injected at each of these points, one at a time, in an order that
+follows from the seed; then, on the way of precopy, faults while a doubt is resolved; then pairs: a single fault, and a second
+one at a point that was reached after it, perhaps in the recovery from it. `--count`, `--doubts` and `--pairs` bound how many,
+on each way; `--minutes` how long it lasts. The exit status is 0 where everything held after every fault.
 """
 
 import argparse
@@ -14,15 +15,19 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, get_args
 
 from sealane.testing.campaignrig import CampaignRig, Outcome, make_rig
 from sealane.testing.faultdirector import FAULTS, Fault, Injection
 from sealane.testing.problems import RigError
 from sealane.testing.qemu import find_qemu
+from sealane.testing.trips import POSTCOPY, PRECOPY, REJOINED, Trip, trip_of
+
+Way = Literal["precopy", "postcopy"]
+WAYS: Final[tuple[Way, ...]] = get_args(Way)
 
 # What a full disk can meet is an entry of the journal, at its beginning.
 _DISK: Final[frozenset[Fault]] = frozenset({"disk-full", "disk-full-once"})
@@ -38,20 +43,29 @@ SIGNS: Final = {
     "in-doubt, away": "a",
     "in-doubt, brought back": "b",
     "lost": "L",
+    "stuck": "S",
     "": "?",
 }
 LEGEND: Final = (
     "C completed; A aborted, the VM runs on at the source; h, a: the source was in doubt, asked, and took the VM back (h) or "
     "ended its paused copy because the destination had the VM (a); b: the destination had lost it, and an operator brought back "
-    "the copy at the source; L the fault killed the QEMU in which the VM ran; ! a check failed"
+    "the copy at the source; L the fault killed the QEMU in which the VM, or in postcopy a half of its memory, was; S the fault "
+    "broke the lanes within the switch to postcopy, and QEMU has no way to let the whole VM at the source run again; ! a check "
+    "failed"
 )
 
 
-class Campaign:
-    """Runs attempts one after the other, with a fresh rig where the last one is worn."""
+class OutOfTime(Exception):
+    """The time that the campaign was given is over."""
 
-    def __init__(self, seed: int) -> None:
+
+class Campaign:
+    """Runs attempts one after the other, with a fresh rig where the last one is worn; raises OutOfTime after `deadline`
+    (monotonic clock, seconds)."""
+
+    def __init__(self, seed: int, deadline: float | None = None) -> None:
         self.seed = seed
+        self._deadline = deadline
         self.outcomes: list[Outcome] = []
         self._random = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
         self._traces: dict[Injection, list[str]] = {}
@@ -63,13 +77,21 @@ class Campaign:
         self._rig = None
         self._stack.close()
 
-    def points(self) -> list[str]:
-        """What a migration without a fault reaches, there and back, in the order of the first."""
-        first, second = (self._attempt([]) for _ in range(2))
+    def points(self, way: Way = "precopy") -> list[str]:
+        """What migrations without a fault reach, there and back, in the order of the first; by postcopy the second is joined
+        again after a cut."""
+        trips = (PRECOPY, PRECOPY) if way == "precopy" else (POSTCOPY, REJOINED)
+        first, second = (self._undisturbed(trip) for trip in trips)
         for outcome in (first, second):
             if outcome.problems or outcome.ending != "completed":
-                raise RigError(f"without any fault: {outcome.ending}, {outcome.problems}")
+                told = f"{outcome.ending} {outcome.codes}, {outcome.problems}; it came to {outcome.trace[-20:]}"
+                raise RigError(f"without any fault: {told}")
         return list(dict.fromkeys(first.trace + second.trace))
+
+    def _undisturbed(self, trip: Trip) -> Outcome:
+        """A second try where the first one aborts: the first enclave of a fresh clone is slow, and an agent does not wait long."""
+        outcome = self._attempt([], trip)
+        return self._attempt([], trip) if outcome.ending == "aborted" else outcome
 
     def singles(self, points: Sequence[str]) -> list[Injection]:
         """Every fault at every point where it can happen, shuffled by the seed."""
@@ -97,7 +119,7 @@ class Campaign:
         """What opens a doubt, and every fault at every point that is reached until it has ended; shuffled by the seed."""
         found = []
         for opening in OPENINGS:
-            outcome = self._attempt([opening])
+            outcome = self._attempt([opening], PRECOPY)
             if outcome.problems or not outcome.ending.startswith("in-doubt"):
                 raise RigError(f"{opening}: {outcome.ending}, {outcome.problems}")
             found += [[opening, each] for each in self.singles(outcome.trace[outcome.traced_when_fired :])]
@@ -106,27 +128,29 @@ class Campaign:
 
     def attempt(self, injections: list[Injection]) -> Outcome:
         """One attempt, kept among the outcomes."""
-        outcome = self._attempt(injections)
+        outcome = self._attempt(injections, trip_of(each.point for each in injections))
         self.outcomes.append(outcome)
         if len(injections) == 1:
             self._traces[injections[0]] = outcome.trace[outcome.traced_when_fired :]
         return outcome
 
-    def _attempt(self, injections: list[Injection]) -> Outcome:
-        if self._rig is None or self._rig.worn:
+    def _attempt(self, injections: list[Injection], trip: Trip) -> Outcome:
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise OutOfTime
+        if self._rig is None or self._rig.worn or self._rig.workload != trip.workload:
             self.close()
-            self._rig = self._stack.enter_context(make_rig())
-        return self._rig.attempt(injections)
+            self._rig = self._stack.enter_context(make_rig(trip.workload))
+        return self._rig.attempt(injections, trip)
 
 
-def run(campaign: Campaign, count: int, pairs: int, doubts: int, report: "Report") -> None:
+def run(campaign: Campaign, way: Way, count: int, pairs: int, doubts: int, report: "Report") -> None:
     """Up to `count` single faults, all of them where they are fewer, up to `doubts` in doubts, then `pairs` pairs."""
-    points = campaign.points()
-    report.points = points
+    points = campaign.points(way)
+    report.points += points
     singles = campaign.singles(points)
     for injection in singles[:count]:
         report.tell(campaign.attempt([injection]))
-    for injections in campaign.doubts()[:doubts] if doubts else []:
+    for injections in campaign.doubts()[:doubts] if doubts and way == "precopy" else []:
         report.tell(campaign.attempt(injections))
     drawn = campaign.pairs(singles)
     for _ in range(pairs):
@@ -166,6 +190,10 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     lines = [
         f"{len(outcomes)} attempts with {injected} injected faults; a check failed after {len(failed)}.",
         "",
+        "| kind | attempts | injected faults |",
+        "| --- | --- | --- |",
+        *_by_kind(outcomes),
+        "",
         "| ended | attempts |",
         "| --- | --- |",
         *(f"| {ending} | {count} |" for ending, count in endings.most_common()),
@@ -178,6 +206,23 @@ def summary(outcomes: Sequence[Outcome]) -> str:
         if times:
             lines.append(f"| {fault} | {len(times)} | {statistics.median(times):.1f} s | {max(times):.1f} s |")
     return "\n".join(lines)
+
+
+def _by_kind(outcomes: Sequence[Outcome]) -> list[str]:
+    attempts, faults = Counter[str](), Counter[str]()
+    for each in outcomes:
+        kind = _kind(each)
+        attempts[kind] += 1
+        faults[kind] += len(each.fired)
+    return [f"| {kind} | {count} | {faults[kind]} |" for kind, count in sorted(attempts.items())]
+
+
+def _kind(outcome: Outcome) -> str:
+    trip = trip_of(each.partition(" at ")[2] for each in outcome.injections)
+    if len(outcome.injections) == 1:
+        return f"{trip.name}, single faults"
+    opens = outcome.injections[0] in map(str, OPENINGS)
+    return f"{trip.name}, in a doubt" if opens else f"{trip.name}, pairs"
 
 
 def _ends_with(outcome: Outcome, fault: Fault) -> bool:
@@ -217,9 +262,13 @@ def main() -> int:
     """Run the campaign, or draw the tables of earlier ones."""
     parser = argparse.ArgumentParser(prog="./run faults", description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="orders the faults and draws the pairs [1]")
-    parser.add_argument("--count", type=int, help="single faults to inject [all]")
-    parser.add_argument("--pairs", type=int, default=100, help="pairs of faults to inject after them [100]")
+    parser.add_argument("--only", choices=WAYS, help="one of the two ways")
+    parser.add_argument("--count", type=int, help="single faults to inject on each way [all]")
+    parser.add_argument(
+        "--pairs", type=int, default=100, help="pairs of faults to inject after them, on each way [100]"
+    )
     parser.add_argument("--doubts", type=int, default=100, help="faults to inject while a doubt is resolved [100]")
+    parser.add_argument("--minutes", type=float, help="begin nothing more after that time [no limit]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every outcome there")
     parser.add_argument("--draw", type=Path, nargs="+", metavar="FILE", help="only draw the tables of such files")
     arguments = parser.parse_args()
@@ -228,10 +277,13 @@ def main() -> int:
         points = list(dict.fromkeys(point for each, _ in read for point in each))
         print(page(points, [outcome for _, outcomes in read for outcome in outcomes]))
         return 0
-    campaign, report, begun = Campaign(arguments.seed), Report(), time.monotonic()
+    report, begun = Report(), time.monotonic()
+    campaign = Campaign(arguments.seed, None if arguments.minutes is None else begun + arguments.minutes * 60)
     try:
         count = sys.maxsize if arguments.count is None else arguments.count
-        run(campaign, count, arguments.pairs, arguments.doubts, report)
+        with suppress(OutOfTime):
+            for way in [arguments.only] if arguments.only else WAYS:
+                run(campaign, way, count, arguments.pairs, arguments.doubts, report)
     finally:
         campaign.close()
         if arguments.json:

@@ -3,7 +3,8 @@
 `CampaignRig.attempt` migrates the guest while faults are injected, starts again what was killed, waits until both ends
 have settled, and judges: exactly one copy runs, a doubt having ended by the destination's answer; or, where the destination
 took the VM and lost its QEMU, the paused copy at the source can be brought back as an operator would; the guest's memory is
-what the guest wrote; no tick is missing or was lived twice; nothing is left behind.
+what the guest wrote; no tick is missing or was lived twice; nothing is left behind. A postcopy whose halves were parted is
+joined again once the line is whole, or rests as `halves.py` says.
 """
 
 import sys
@@ -20,19 +21,21 @@ from sealane.errors import SealaneError
 from sealane.host.models import Migration, MigrationRequest, ResolveRequest
 from sealane.session.handover import ENDED, State
 from sealane.testing.faultdirector import KILLS_QEMU, Attempt, FaultDirector, Injection, qemus_of
+from sealane.testing.halves import Rest, how_it_rests, why_not
 from sealane.testing.machine import Hardware, Workload
 from sealane.testing.pair import AgentHost, Guest, HostPair, make_pair, process_name
 from sealane.testing.problems import RigError
+from sealane.testing.trips import PRECOPY, Trip
 from sealane.testing.wiretap import Wiretap
 
 HARDWARE: Final = Hardware(memory_mib=128)
-# A tick lasts 50 ms; every fifth one all pages are compared with what the guest wrote there.
-WORKLOAD: Final = Workload(fill_mib=4, rewrite_kib_per_s=256, tick_ms=50, check_all=5)
 # Longer than the agents' own limits for a silent peer (LOADED_TIMEOUT_S and what follows it).
 _SETTLE_TIMEOUT_S: Final = 150.0
 _TIDY_TIMEOUT_S: Final = 15.0
 _CHECK_TIMEOUT_S: Final = 30.0
 _LOOK_EVERY_S: Final = 0.05
+# How long a postcopy that is parted meets a line that is cut, or a disk that is full.
+_RELIEF_AFTER_S: Final = 2.0
 _PIDFD: Final = "anon_inode:[pidfd]"
 _SETTINGS: Final = "[limits]\nask_first_pause_s = 0.5\n"
 # Of an answer that leaves it to a person (`sealane.host.doubts.why_it_stays`).
@@ -47,7 +50,9 @@ class Outcome:
 
     injections: list[str]
     fired: list[str]
-    ending: str = ""  # completed, aborted, in-doubt, lost (the fault killed the QEMU in which the VM ran)
+    ending: str = (
+        ""  # completed, aborted, in-doubt, lost (the fault killed the QEMU in which the VM ran), stuck (`halves.py`)
+    )
     recovery_s: float | None = None
     total_s: float = 0.0
     codes: list[str] = field(default_factory=list)
@@ -59,8 +64,8 @@ class Outcome:
 class CampaignRig:
     """A guest that lives on `home` and tries to go to `away`. `worn` after an attempt: take a new rig for the next."""
 
-    def __init__(self, pair: HostPair, guest: Guest, director: FaultDirector) -> None:
-        self.pair, self.guest, self.director = pair, guest, director
+    def __init__(self, pair: HostPair, guest: Guest, director: FaultDirector, workload: Workload) -> None:
+        self.pair, self.guest, self.director, self.workload = pair, guest, director, workload
         self.home, self.away = pair.a, pair.b
         self.worn = False
         self._descriptors: dict[str, int] = {}
@@ -76,19 +81,23 @@ class CampaignRig:
 
     # One attempt
 
-    def attempt(self, injections: list[Injection]) -> Outcome:
-        """Migrate, with these faults; never raises for what the agents do wrong, but tells it in `problems`."""
+    def attempt(self, injections: list[Injection], trip: Trip = PRECOPY) -> Outcome:
+        """Migrate so, with these faults; never raises for what the agents do wrong, but tells it in `problems`."""
         outcome = Outcome([str(each) for each in injections], [])
         begun = time.monotonic()
         try:
-            with self.director.attempt(self.home, self.away, injections) as attempt:
-                self._migrate()
-                self._settle(attempt)
+            with self.director.attempt(self.home, self.away, injections, trip) as attempt:
+                self._migrate(trip)
+                rest = self._settle(attempt)
                 if attempt.fired:
                     outcome.recovery_s = time.monotonic() - attempt.fired_at
-            self._await_answer()
+            if not rest:
+                self._await_answer()
             self._take_notes(outcome, attempt)
-            self._judge(outcome, attempt)
+            if rest:
+                self._judge_rest(outcome, attempt, rest)
+            else:
+                self._judge(outcome, attempt)
         except (RigError, SealaneError, OSError, AssertionError) as error:
             outcome.problems.append(f"{type(error).__name__}: {error}"[:1500])
         outcome.total_s = time.monotonic() - begun
@@ -101,18 +110,22 @@ class CampaignRig:
         found = [self._newest(end) for end in (self.home, self.away)]
         outcome.codes = [m.problem.code if m and m.problem else "" for m in found]
 
-    def _migrate(self) -> None:
+    def _migrate(self, trip: Trip) -> None:
+        wish = {"vm": self.guest.name, "host": self.away.name, **trip.options}
         with suppress(SealaneError), self.home.client() as client:  # a fault may meet the request itself
-            client.start_migration(MigrationRequest(vm=self.guest.name, host=self.away.name))
+            client.start_migration(MigrationRequest.model_validate(wish))
 
-    def _settle(self, attempt: Attempt) -> None:
+    def _settle(self, attempt: Attempt) -> Rest:
+        """Wait until both ends have come to an end; how they rest where they cannot."""
         deadline = time.monotonic() + _SETTLE_TIMEOUT_S
         while True:
             for end in (self.home, self.away):
                 if end.name in attempt.killed:
                     self._restart(end, attempt)
             if all(self._has_settled(end, attempt) for end in (self.home, self.away)) and not attempt.killed:
-                return
+                return ""
+            if attempt.trip.by_postcopy and not attempt.killed and (rest := self._look_at_halves(attempt)):
+                return rest
             if time.monotonic() > deadline:
                 raise RigError(f"not settled after {_SETTLE_TIMEOUT_S:.0f} s: {self._tell()}")
             time.sleep(_LOOK_EVERY_S)
@@ -142,6 +155,25 @@ class CampaignRig:
                 return State(found.state) in ENDED and found.ended_at is not None
         except SealaneError:
             return False
+
+    def _look_at_halves(self, attempt: Attempt) -> Rest:
+        """Relieve a postcopy that is parted, which a line that stays cut would keep so; how it rests, where it is lost."""
+        try:
+            source, destination = self._newest(self.home), self._newest(self.away)
+        except SealaneError:
+            return ""
+        is_parted = any(each and each.state == "postcopy-paused" for each in (source, destination))
+        if is_parted and time.monotonic() > attempt.fired_at + _RELIEF_AFTER_S:
+            self.director.relieve(attempt)
+        return how_it_rests(source, destination, lambda: self._status_at(self.home))
+
+    def _status_at(self, end: AgentHost) -> str:
+        """What QEMU says of its migration there; "" where there is none."""
+        if not qemus_of(end):
+            return ""
+        with suppress(RigError, OSError), self.guest.machines[end.name].observe() as monitor:
+            return str(monitor.execute("query-migrate").get("status", "none"))
+        return "unknown"
 
     def _await_answer(self) -> None:
         """The line is mended and the disk free: a doubt ends by itself now, but where the destination lost its QEMU."""
@@ -185,6 +217,20 @@ class CampaignRig:
             self._judge_guest(outcome, running[0])
         self._judge_remains(outcome, running)
         self._known |= {each.id for each in (source, destination) if each}
+
+    def _judge_rest(self, outcome: Outcome, attempt: Attempt, rest: Rest) -> None:
+        """What is kept of the VM stays where it is: nothing is tidy, and the next attempt needs new hosts."""
+        outcome.ending, self.worn = rest, True
+        if why := why_not(rest, [each.fault for each in attempt.fired]):
+            outcome.problems.append(f"{why}; {self._tell()}")
+        if len(self._running()) > 1:
+            outcome.problems.append("two copies run")
+        if rest == "stuck":
+            if not qemus_of(self.home) or qemus_of(self.away):
+                outcome.problems.append("the last copy was ended, or the other one kept")
+            if self.guest.machines[self.away.name].console.ticks:
+                outcome.problems.append("the guest ran at the destination, which refused it")
+        self._judge_agents(outcome)
 
     def _expect(self, outcome: Outcome, found: Migration | None, states: set[str | None], runs_at: set[str]) -> None:
         if (found.state if found else None) not in states or (found and found.runs_at not in runs_at):
@@ -255,7 +301,8 @@ class CampaignRig:
         found = []
         for end in (self.home, self.away):
             words = {pid: _command(pid) for pid in end.processes() if process_name(pid) != LAUNCHER_NAME}
-            known = ("qemu-system", " agent --listen", "sealane.quoting")
+            # the last one measures what enclaves load, each time that an agent has started
+            known = ("qemu-system", " agent --listen", "sealane.quoting", '"sealane.enclave.process"')
             others = [each for each in words.values() if not any(word in each for word in known)]
             if others:
                 found.append(f"{end.name} has processes left: {others}")
@@ -268,12 +315,15 @@ class CampaignRig:
         while (left := self._left(running)) and time.monotonic() < deadline:
             time.sleep(_LOOK_EVERY_S)
         outcome.problems += left
+        self._judge_agents(outcome)
+        if running == [self.away]:
+            self.home, self.away = self.away, self.home
+
+    def _judge_agents(self, outcome: Outcome) -> None:
         for end in (self.home, self.away):
             if end.agent and "Traceback" in end.agent.output:
                 said = end.agent.output
                 outcome.problems.append(f"{end.name}'s agent: {said[said.index('Traceback') :][:1500]}")
-        if running == [self.away]:
-            self.home, self.away = self.away, self.home
 
     def _left(self, running: list[AgentHost]) -> list[str]:
         found = []
@@ -309,7 +359,7 @@ def _state_files(end: AgentHost) -> set[str]:
 
 
 @contextmanager
-def make_rig() -> Iterator[CampaignRig]:
+def make_rig(workload: Workload = PRECOPY.workload) -> Iterator[CampaignRig]:
     """Two hosts joined by wiretaps, agents up, the guest awake on the first."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sl-", dir="/tmp")))
@@ -320,9 +370,9 @@ def make_rig() -> Iterator[CampaignRig]:
             tap = stack.enter_context(Wiretap((far.host.address, far.host.port), host=near.host))
             director.taps.append(tap)
             near.trust(far, address=tap.address[0], port=tap.address[1])
-        guest = pair.add_guest(hardware=HARDWARE, workload=WORKLOAD)
+        guest = pair.add_guest(hardware=HARDWARE, workload=workload)
         pair.start_guest(guest, pair.a)
-        yield CampaignRig(pair, guest, director)
+        yield CampaignRig(pair, guest, director, workload)
 
 
 def _program(director: FaultDirector) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 It is the other end of `faultpoints.py`: one thread for each agent that connects. Names of points gain the role of the
 host that reached them and, from the second time in one attempt on, a number: `destination:journal:handing-over:before`,
-`source:step:copying:failed#2`.
+`source:step:copying:failed#2`. Before it stands the trip's prefix (`trips.py`).
 """
 
 import json
@@ -21,6 +21,7 @@ from typing import Any, Final, Literal, get_args
 
 from sealane.errors import SealaneError
 from sealane.testing.pair import AgentHost, process_name
+from sealane.testing.trips import PRECOPY, Trip
 from sealane.testing.wiretap import Wiretap
 from sealane.vtpm.launcher import KEEPER_NAME
 
@@ -30,13 +31,14 @@ Fault = Literal[
     "kill-enclave",  # this agent's enclaves
     "kill-qemu",  # the QEMU on this host
     "kill-host",  # agent, enclaves and QEMU of this host at once, as when its power fails
-    "cut-link",  # every connection between the hosts breaks, and none is let through until both ends have ended
-    "disk-full",  # every entry of this agent's journal fails from here on, until both ends have ended
+    "cut-link",  # every connection between the hosts breaks, and none is let through until both ends have ended (*)
+    "disk-full",  # every entry of this agent's journal fails from here on, until both ends have ended (*)
     "disk-full-once",  # this one entry fails
     "clock-forward",  # this agent's wall clock jumps by an hour
     "clock-back",
     "cancel",  # a person cancels the migration at the source
 ]
+# (*) or, in a postcopy, which cannot end so, until an end has said for some seconds that the halves are parted
 FAULTS: Final[tuple[Fault, ...]] = get_args(Fault)
 TpmFault = Literal["kill-keeper", "kill-swtpm"]  # of VMs' own TPMs on this host; the campaign's guest has none
 CLOCK_JUMPS_S: Final[dict[str, float]] = {"clock-forward": 3600.0, "clock-back": -3600.0}
@@ -63,6 +65,7 @@ class Attempt:
     source: AgentHost
     destination: AgentHost
     waiting: list[Injection]
+    trip: Trip = PRECOPY
     trace: list[str] = field(default_factory=list)
     fired: list[Injection] = field(default_factory=list)
     fired_at: float = 0.0
@@ -71,11 +74,13 @@ class Attempt:
     full: set[str] = field(default_factory=set)
     clocks_s: dict[str, float] = field(default_factory=dict)
     is_cut: bool = False
+    traced_when_cut: int | None = None  # by the trip itself
     _counts: Counter[str] = field(default_factory=Counter)
 
     def name(self, end: AgentHost, point: str) -> str:
         """The point's full name, counted."""
-        name = f"{'source' if end is self.source else 'destination'}:{point}"
+        prefix = self.trip.prefix if self.traced_when_cut is None else self.trip.prefix_after_cut
+        name = f"{prefix}{'source' if end is self.source else 'destination'}:{point}"
         self._counts[name] += 1
         return name if self._counts[name] == 1 else f"{name}#{self._counts[name]}"
 
@@ -107,9 +112,11 @@ class FaultDirector:
         self._thread.join()
 
     @contextmanager
-    def attempt(self, source: AgentHost, destination: AgentHost, injections: list[Injection]) -> Iterator[Attempt]:
+    def attempt(
+        self, source: AgentHost, destination: AgentHost, injections: list[Injection], trip: Trip = PRECOPY
+    ) -> Iterator[Attempt]:
         """Inject these faults, each once and in their order, until the context ends; then everything is mended."""
-        attempt = Attempt(source, destination, list(injections))
+        attempt = Attempt(source, destination, list(injections), trip)
         with self._lock:
             self._attempt = attempt
         try:
@@ -119,6 +126,19 @@ class FaultDirector:
                 self._attempt = None
             for tap in self.taps:
                 tap.mend()
+
+    def relieve(self, attempt: Attempt) -> None:
+        """Make the line whole and the disks free again."""
+        with self._lock:
+            attempt.is_cut = False
+            attempt.full.clear()
+            for tap in self.taps:
+                tap.mend()
+
+    def _cut(self, attempt: Attempt) -> None:
+        attempt.is_cut = True
+        for tap in self.taps:
+            tap.cut()
 
     def _accept(self) -> None:
         with suppress(OSError):
@@ -141,6 +161,9 @@ class FaultDirector:
             return {}
         name = attempt.name(end, told["point"])
         attempt.trace.append(name)
+        if name == attempt.trip.cut_at and attempt.traced_when_cut is None:
+            self._cut(attempt)
+            attempt.traced_when_cut = len(attempt.trace)
         once = False
         while attempt.waiting and attempt.waiting[0].point == name:
             injection = attempt.waiting.pop(0)
@@ -159,9 +182,7 @@ class FaultDirector:
         for pid in _victims(end, fault, enclaves):
             _kill(pid)
         if fault == "cut-link":
-            attempt.is_cut = True
-            for tap in self.taps:
-                tap.cut()
+            self._cut(attempt)
         if fault == "disk-full":
             attempt.full.add(end.name)
         if fault in CLOCK_JUMPS_S:

@@ -43,7 +43,18 @@ from sealane.hypervisor.qmp import QmpMachine
 from sealane.paths import RUN_VARIABLE
 from sealane.session.handover import Handover, Input, State
 
-QEMU_COMMANDS: Final = ("migrate", "migrate_incoming", "migrate_continue", "cancel_migration", "resume", "quit")
+QEMU_COMMANDS: Final = (
+    "migrate",
+    "migrate_incoming",
+    "migrate_continue",
+    "start_postcopy",
+    "pause_postcopy",
+    "recover_incoming",
+    "recover_outgoing",
+    "cancel_migration",
+    "resume",
+    "quit",
+)
 
 
 class Points:

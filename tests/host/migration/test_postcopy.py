@@ -1,17 +1,22 @@
 """Who may come back to a VM whose memory is in two halves, and what a ticket must be."""
 
+import asyncio
+from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from sealane.enclave.interface import PeerEstablished
-from sealane.errors import SealaneError
+from sealane.errors import SealaneError, make_error
+from sealane.host.migration import postcopy_source
 from sealane.host.migration.checks import check_postcopy
 from sealane.host.migration.destination import is_half_of
-from sealane.host.migration.messages import PostcopyTicket, Rejoin
+from sealane.host.migration.messages import Message, PostcopyTicket, Rejoin, Rejoined, TicketHeld, TicketRefused
 from sealane.host.migration.postcopy_destination import Arrival
+from sealane.host.migration.postcopy_source import Departure
 from sealane.host.models import Migration
 from sealane.seal.protect import PROTECTIONS, SEALED
 from sealane.session.handover import Handover, Role, State
@@ -85,3 +90,116 @@ def test_what_does_not_go_by_postcopy(
     else:
         with pytest.raises(SealaneError, match=r"check\.postcopy"):
             check_postcopy(vm, channels, **every)
+
+
+class LeavingJob:
+    """A source's job as far as a `Departure` needs it; `at_journal` is done when it journals."""
+
+    def __init__(self) -> None:
+        self.migration = KNOWN.model_copy(update={"role": "source"})
+        self.store = SimpleNamespace(epoch=lambda _vm: 4)
+        self.log = SimpleNamespace(warning=lambda *_a, **_k: None, error=lambda *_a, **_k: None)
+        self.at_journal: Callable[[], None] = lambda: None
+
+    def journal(self, **_changes: object) -> None:
+        self.at_journal()
+
+    def update(self, **_changes: object) -> None:
+        pass
+
+
+class AnsweringEnclave:
+    """An enclave whose peer answers each word with `answer`."""
+
+    def __init__(self, answer: Message) -> None:
+        self.failed: asyncio.Future[SealaneError] = asyncio.get_running_loop().create_future()
+        self._answer = answer
+
+    def call(self, _call: object) -> None:
+        pass
+
+    def abort(self, _error: SealaneError) -> None:
+        pass
+
+    async def reap(self) -> None:
+        pass
+
+    async def next_message(self, _timeout_s: float, _what: str) -> Message:
+        return self._answer
+
+    async def expect(self, _kind: object, _timeout_s: float) -> Message:
+        return self._answer
+
+
+class LeavingQemu:
+    """A source's QEMU that is in no postcopy; it notes whether it was told to switch."""
+
+    def __init__(self) -> None:
+        self.told = False
+
+    async def migration_status(self) -> SimpleNamespace:
+        return SimpleNamespace(status="failed")
+
+    async def pause_postcopy(self) -> None:
+        raise make_error("migration.qemu-failed", "QEMU says of its postcopy: failed")
+
+    async def migrate_continue(self) -> None:
+        self.told = True
+
+
+def departing(job: LeavingJob, state: State, qemu: LeavingQemu, enclave: AnsweringEnclave) -> Departure:
+    async def meet() -> Any:
+        return enclave
+
+    async def nothing(*_arguments: object) -> None:
+        raise AssertionError("there is nothing to join")
+
+    return Departure(
+        cast(Any, job),
+        Handover(Role.SOURCE, state),
+        cast(Any, qemu),
+        Path("/nonexistent"),
+        meet=meet,
+        open_lanes=nothing,
+        tell=nothing,
+        word_timeout_s=1.0,
+        stall_timeout_s=1.0,
+    )
+
+
+async def test_a_source_whose_switch_failed_hears_that_the_destination_refused() -> None:
+    """Its QEMU is in no postcopy and has nothing to join; the VM is whole here, and only the destination's word brings it back."""
+    enclave = AnsweringEnclave(TicketRefused(code="handover.refused", detail="no switch"))
+    departure = departing(LeavingJob(), State.POSTCOPY_PAUSED, LeavingQemu(), enclave)
+    with pytest.raises(SealaneError, match=r"handover\.refused"):
+        await departure.see_through(None)
+    assert departure.handover.state is State.ABORTED
+
+
+async def test_a_source_whose_switch_failed_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postcopy_source, "REJOIN_PAUSES_S", (0.0, 0.0))
+    departure = departing(LeavingJob(), State.POSTCOPY_PAUSED, LeavingQemu(), AnsweringEnclave(Rejoined(lanes=1)))
+    with pytest.raises(SealaneError, match="QEMU says of its postcopy: failed"):
+        await departure.see_through(None)
+    assert departure.handover.state is State.POSTCOPY_PAUSED
+
+
+async def test_lanes_that_are_gone_before_the_vm_is_given_up_keep_it_here() -> None:
+    enclave, qemu = AnsweringEnclave(TicketHeld(epoch=5)), LeavingQemu()
+    enclave.failed.set_result(make_error("enclave.died"))
+    departure = departing(LeavingJob(), State.SWITCHING_OVER, qemu, enclave)
+    with pytest.raises(SealaneError, match=r"enclave\.died"):
+        await departure.switch(cast(Any, enclave))
+    assert departure.handover.state is State.SWITCHING_OVER
+    assert not qemu.told
+
+
+@pytest.mark.parametrize("lost", [False, True])
+async def test_no_switch_into_lanes_that_are_known_to_be_gone(lost: bool) -> None:
+    enclave, qemu, job = AnsweringEnclave(TicketHeld(epoch=5)), LeavingQemu(), LeavingJob()
+    if lost:
+        job.at_journal = lambda: enclave.failed.set_result(make_error("enclave.died"))
+    departure = departing(job, State.SWITCHING_OVER, qemu, enclave)
+    await departure.switch(cast(Any, enclave))
+    assert departure.handover.state is State.POSTCOPY
+    assert qemu.told is not lost

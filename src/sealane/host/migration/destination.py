@@ -47,7 +47,7 @@ from sealane.host.migration.dialling import SocketDirectory
 from sealane.host.migration.doubtful import answer_doubt
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
 from sealane.host.migration.gate import StandingGate, facts_of, pass_gate
-from sealane.host.migration.postcopy_destination import Arrival, Half, has_switched
+from sealane.host.migration.postcopy_destination import Arrival, Half
 from sealane.host.migration.receipt_exchange import give_copy, take_copy
 from sealane.host.migration.stall import StallLimit
 from sealane.host.migration.vtpm_steps import (
@@ -592,7 +592,7 @@ class DestinationMigration(Job):
         reason = await self._better_reason(self._as_sealane_error(error))
         if not isinstance(error, (SealaneError, asyncio.CancelledError)):
             self.log.error("unexpected error", exc_info=error)
-        if self._handover.state in IN_POSTCOPY or await self._has_switched():
+        if self._handover.state in IN_POSTCOPY or await self._has_switched(reason):
             self._leave_half(reason)
             return
         if self._handover.may_resume_here:
@@ -611,12 +611,12 @@ class DestinationMigration(Job):
         else:
             self.end(state="aborted", runs_at="source", problem=problem_of(reason))
 
-    async def _has_switched(self) -> bool:
+    async def _has_switched(self, reason: SealaneError) -> bool:
         """Whether a postcopy ticket is held and QEMU has switched, though that could not be journalled."""
         if self._arrival is None or self._handover.state is not State.SWITCHING_OVER:
             return False
         try:
-            return await has_switched(self._arrival.qemu)
+            return await self._arrival.came_through(reason)
         except SealaneError:
             return False
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sealane.enclave.interface import ExpectLanes, LaneTokens, SendMessage
-from sealane.errors import ControlError, SealaneError, make_error
+from sealane.errors import ControlError, SealaneError, for_peer, make_error
 from sealane.host.job import Job
 from sealane.host.migration import messages
 from sealane.host.migration.attaching import Attaching
@@ -32,6 +32,8 @@ from sealane.session.handover import Handover, Input
 PROGRESS_EVERY_S: Final = 0.5
 # How often to ask QEMU whether it has loaded the devices' state: it tells that by no event, and the VM is paused meanwhile.
 _SWITCH_LOOK_S: Final = 0.004
+# A QEMU that does not wait for a page itself answers at once.
+_ANSWERS_WITHIN_S: Final = 2.0
 # Statuses of a QEMU that has all it needs to run the VM, but for pages.
 SWITCHED: Final = frozenset({"postcopy-active", "postcopy-paused", "completed"})
 
@@ -61,7 +63,6 @@ class Arrival:
     lanes: int
     enclave: EnclaveProcess
     rejoining: "asyncio.Queue[Half]" = field(default_factory=lambda: asyncio.Queue(1))
-    resumed: bool = False
     digest: str | None = None
     _joined: int = 0
     _attaching: Attaching | None = None
@@ -82,26 +83,63 @@ class Arrival:
         await self.qemu.wait_migration(SWITCHED, LOADED_TIMEOUT_S)
         try:
             async with asyncio.timeout(LOADED_TIMEOUT_S):
-                while not await has_switched(self.qemu):  # noqa: ASYNC110 - no event tells it
-                    await asyncio.sleep(_SWITCH_LOOK_S)
+                await self._look_until_switched()
         except TimeoutError:
             raise make_error("migration.qemu-failed", "QEMU did not come through the switch to postcopy") from None
+
+    async def _look_until_switched(self) -> None:
+        while not await has_switched(self.qemu):  # noqa: ASYNC110 - no event tells it
+            await asyncio.sleep(_SWITCH_LOOK_S)
+
+    async def came_through(self, reason: SealaneError) -> bool:
+        """Whether QEMU has switched, for good: where it has not, its lanes are ended for `reason`, lest it does after the look.
+
+        Raises `vm.unreachable` where QEMU is gone.
+        """
+        if await has_switched(self.qemu):
+            return True
+        self.enclave.abort(for_peer(reason))
+        await uninterrupted(self.enclave.reap())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_ANSWERS_WITHIN_S):
+                await self._look_until_switched()  # what the lanes had brought is still loaded
+                return True
+        return False
 
     async def run_here(self) -> None:
         """QEMU has switched: the VM is ours."""
         epoch = self.job.migration.epoch
         assert epoch is not None  # noqa: S101 - journalled with the ticket
         self._step(Input.SWITCHED, epoch=epoch, runs_at="destination", detail="resuming the VM")
-        await uninterrupted(self.qemu.resume())
-        self.resumed = True
+        if not await self._let_run():
+            return
         resumed = time.monotonic()
-        if await self.qemu.run_state() != "running":
-            raise make_error("vm.not-running", "QEMU did not resume the VM")
         self.job.update(detail="the VM runs here; the rest of its memory comes in")
         since = (time.monotonic() - resumed) * 1e3
         receipt = messages.Receipt(vm=self.job.migration.vm, epoch=epoch, since_resume_ms=since)
         with contextlib.suppress(SealaneError):  # a lane that was cut is `see_through`'s to notice
             self.enclave.call(SendMessage(receipt.model_dump_json()))
+
+    async def _let_run(self) -> bool:
+        """Let the VM run, if it does not yet; False where the lanes are gone, and the halves must be joined first.
+
+        Without lanes a VM that begins to run meets a page that is not here. QEMU's main thread may be what waits for it, and
+        then answers nothing until the halves are joined; a QEMU whose monitor is opened anew meanwhile, not even then.
+        """
+        if await self.qemu.run_state() == "running":
+            return True
+        if self.enclave.failed.done():
+            return False
+        resuming = asyncio.ensure_future(self.qemu.resume())
+        resuming.add_done_callback(lambda done: done.cancelled() or done.exception())
+        either: set[asyncio.Future[Any]] = {resuming, self.enclave.failed}
+        await uninterrupted(asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED))
+        if not resuming.done():
+            return False
+        resuming.result()
+        if await self.qemu.run_state() != "running":
+            raise make_error("vm.not-running", "QEMU did not resume the VM")
+        return True
 
     async def see_through(self, *, parted: bool = False) -> None:
         """Take pages until all are here, joining again after each cut for as long as the source comes back."""
@@ -110,15 +148,25 @@ class Arrival:
                 if parted:
                     await self._join(await self.rejoining.get())
                 await self._take_pages()
-                return
+                break
             except SealaneError as error:
-                if (await self.qemu.migration_status()).status == "completed":
-                    return
+                if await self._has_all():
+                    break
                 await self._part(error)
                 parted = True
             finally:
                 if self._attaching is not None:
                     self._attaching.cancel()
+        if await self.qemu.run_state() != "running":  # all came before it was let run, and then a cut
+            await uninterrupted(self.qemu.resume())
+
+    async def _has_all(self) -> bool:
+        """Whether the last page came before the lanes went. Where QEMU itself waits for a page, it does not answer: no."""
+        try:
+            async with asyncio.timeout(_ANSWERS_WITHIN_S):
+                return (await self.qemu.migration_status()).status == "completed"
+        except TimeoutError:
+            return False
 
     async def _take_pages(self) -> None:
         waiting = asyncio.ensure_future(self.qemu.wait_migration({"completed", "postcopy-paused"}))
@@ -161,7 +209,6 @@ class Arrival:
     async def _join(self, half: Half) -> None:
         """Let QEMU listen anew, and take the other half's lanes."""
         self.enclave = enclave = half.enclave
-        await self.qemu.pause_postcopy()
         self._joined += 1
         path = self.directory / f"again-{self._joined}.sock"
         await self.qemu.recover_incoming(f"unix:{path}")
@@ -173,6 +220,7 @@ class Arrival:
         waiting = self.qemu.wait_migration({"postcopy-active", "completed"}, LOADED_TIMEOUT_S)
         await enclave.wait(waiting, None, "enclave.slow", "")
         self._step(Input.REJOINED, detail="joined again; the rest of the VM's memory comes in", problem=None)
+        await self._let_run()
 
     def _step(self, happened: Input, *, epoch: int | None = None, **changes: Any) -> None:
         """Journal the state that follows, durably, then be in it."""

@@ -62,7 +62,12 @@ class Departure:
         held = await enclave.expect(messages.TicketHeld, self.word_timeout_s)
         if held.epoch != epoch:
             raise PeerError("peer.message", "the destination holds another ticket")
+        if enclave.failed.done():  # known before anything is given up
+            raise enclave.failed.result()
         self._step(Input.SWITCHED, epoch=epoch, runs_at="destination", detail="switching to postcopy")
+        await asyncio.sleep(0)  # what came meanwhile is heard
+        if enclave.failed.done():  # a switch into lanes that are gone would leave the VM without any host
+            return
         try:
             await uninterrupted(self.qemu.migrate_continue())
         except SealaneError as error:  # the destination's QEMU will see no switch, and its agent will say so
@@ -161,19 +166,31 @@ class Departure:
         raise make_error("migration.postcopy-paused", f"{len(REJOIN_PAUSES_S)} times tried, the last: {last.detail}")
 
     async def _join(self) -> EnclaveProcess:
-        """New channel, new keys, new lanes; QEMU sends what the other half says that it lacks."""
-        if (await self.qemu.migration_status()).status != "completed":
-            await self.qemu.pause_postcopy()
+        """New channel, new keys, new lanes; QEMU sends what the other half says that it lacks.
+
+        A QEMU that is in no postcopy, because its switch failed or it was never told to switch, has nothing to join: but the
+        destination knows whether its QEMU came through the switch, and is asked all the same.
+        """
+        nothing_to_join = await self._pause()
         enclave = await self.meet()
         try:
-            await self._join_over(enclave)
+            await self._join_over(enclave, nothing_to_join)
         except BaseException as error:
             enclave.abort(error if isinstance(error, SealaneError) else make_error("migration.cancelled"))
             await uninterrupted(enclave.reap())
             raise
         return enclave
 
-    async def _join_over(self, enclave: EnclaveProcess) -> None:
+    async def _pause(self) -> SealaneError | None:
+        """Have QEMU see that its lanes are gone; why there is nothing to join here, where that is so."""
+        try:
+            if (await self.qemu.migration_status()).status != "completed":
+                await self.qemu.pause_postcopy()
+        except SealaneError as error:
+            return error
+        return None
+
+    async def _join_over(self, enclave: EnclaveProcess, nothing_to_join: SealaneError | None) -> None:
         vm, epoch = self.job.migration.vm, self.job.migration.epoch
         assert epoch is not None  # noqa: S101 - journalled with the switch
         enclave.call(SendMessage(messages.Rejoin(vm=vm, epoch=epoch).model_dump_json()))
@@ -182,6 +199,8 @@ class Departure:
             if not self._heard(answer):
                 raise PeerError("peer.message", f"`{answer.kind}` came out of turn")
             return
+        if nothing_to_join is not None:
+            raise nothing_to_join
         self._joined += 1
         path = self.directory / f"again-{self._joined}.sock"
         await self.open_lanes(enclave, path, answer.lanes)
