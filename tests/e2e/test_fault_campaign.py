@@ -42,7 +42,7 @@ AFTER_A_CUT = {
 }
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_sample() -> None:
     campaign = Campaign(seed=1)
     try:
@@ -58,7 +58,7 @@ def test_sample() -> None:
     assert f"{len(SAMPLE)} attempts with {sum(map(len, SAMPLE))} injected faults; a check failed after 0." in told
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_sample_of_postcopy() -> None:
     campaign = Campaign(seed=1)
     try:

@@ -6,7 +6,7 @@ stuck   a fault broke the lanes within the switch: the source's QEMU has sent th
         (`docs/handover.md`, "Postcopy")
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final, Literal
 
 from sealane.host.models import Migration
@@ -37,7 +37,7 @@ def how_it_rests(source: Migration | None, destination: Migration | None, ask_so
     return ""
 
 
-def why_not(rest: Rest, fired: list[Fault]) -> str:
+def why_not(rest: Rest, fired: Collection[str]) -> str:
     """Why that must not be what these faults came to; "" where they can have no better end."""
     if rest == "lost" and not KILLS_QEMU & set(fired):
         return "a half of the VM's memory is gone, and no fault took it"
