@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from sealane.errors import make_error
 from sealane.host.config import Settings
@@ -178,3 +179,8 @@ def test_a_vm_that_was_forgotten_is_passed_over(host: Host) -> None:
     host.journal(1, role="source", state="completed", epoch=1)
     host.vm = None
     assert host.settle() == "here"
+
+
+def test_a_directory_cannot_say_more_to_swtpm_than_where_it_is() -> None:
+    with pytest.raises(ValidationError):
+        VmDefinition(name="web01", qmp="/q", vtpm="/files,mode=0666")

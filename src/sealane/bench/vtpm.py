@@ -13,7 +13,6 @@ at most 20 ms more. Hosts of `total` have no TPM: the files' keys are in files.
 """
 
 import argparse
-import functools
 import json
 import os
 import socket
@@ -206,10 +205,10 @@ def measure_operations(image: bytes, directory: Path, times: int) -> dict[str, l
     finally:
         plain.stop()
     for name, key in (("in clear", None), ("swtpm's key", os.urandom(KEY_BYTES))):
-        swtpm = Swtpm(_fresh(directory / name.replace(" ", "-").replace("'", "")), None, migration_key=key)
+        swtpm = Swtpm(_fresh(directory / ("clear" if key is None else "own")), None, migration_key=key)
         try:
             with _started(swtpm, image):
-                _measure_channel(rows, name, swtpm.control, swtpm.control, times, is_encrypted=key is not None)
+                _measure_channel(rows, name, swtpm.control, swtpm.control, times)
         finally:
             swtpm.stop()
     with (
@@ -229,8 +228,6 @@ def _measure_channel(
     source: ControlChannel,
     destination: ControlChannel,
     times: int,
-    *,
-    is_encrypted: bool = False,
 ) -> None:
     """QEMU's two parts at the control channels of both ends, which may be one."""
     states = {each: source.tpm_state_read(each) for each in _STATES}
@@ -238,9 +235,8 @@ def _measure_channel(
         rows[f"QEMU reads {each.name.lower()}, {name}"] = _timed(times, source.tpm_state_read, each)
     if destination is source:
         source.command(Command.STOP)
-    write = functools.partial(destination.tpm_state_write, is_encrypted=is_encrypted)
     for each, state in states.items():
-        rows[f"QEMU brings {each.name.lower()}, {name}"] = _timed(times, write, each, state)
+        rows[f"QEMU brings {each.name.lower()}, {name}"] = _timed(times, destination.tpm_state_write, each, state)
 
 
 def _measure_alone(rows: dict[str, list[float]], swtpm: Swtpm, states: dict[BlobType, bytes], times: int) -> None:

@@ -91,8 +91,8 @@ class VmDefinition(Model):
     """A VM as the user names it: its QMP socket here, and how to launch it to receive a migration here.
 
     `least_level` is the trust level that it asks of the other host, `labels` are words for policies, `vtpm` is the directory
-    where this host keeps the files of the VM's own TPM (none: it has none, or Sealane does not look after it). A domain of
-    libvirt has `libvirt:UUID:URI` in place of a socket; it is found, never registered.
+    where this host keeps the files of the VM's own TPM (none: it has none, or Sealane does not look after it); a comma in it would
+    end the word in which swtpm is told it. A domain of libvirt has `libvirt:UUID:URI` in place of a socket; it is found, never registered.
     """
 
     name: Name
@@ -100,7 +100,7 @@ class VmDefinition(Model):
     launch_incoming: list[str] | None = None
     least_level: Annotated[int, Field(ge=0, le=4)] = 0
     labels: Labels = Field(default_factory=dict)
-    vtpm: Annotated[str, Field(min_length=1, max_length=4000, pattern=r"^/")] | None = None
+    vtpm: Annotated[str, Field(min_length=1, max_length=4000, pattern=r"^/[^,]*$")] | None = None
 
 
 class Vm(VmDefinition):

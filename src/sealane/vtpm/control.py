@@ -60,7 +60,6 @@ _REQUEST_BYTES: Final[dict[Command, int]] = {
 }
 TPM_FAIL: Final = 9
 _DECRYPTED: Final = 1
-_ENCRYPTED: Final = 2
 # A result with this bit says "not now": there is no such state.
 _NON_FATAL: Final = 0x800
 _ANSWER_MAX: Final = 4096
@@ -176,11 +175,10 @@ class ControlChannel:
         except OSError as error:
             raise make_error("vtpm.swtpm", f"the {blob_type.name.lower()} state was not given: {error}") from error
 
-    def tpm_state_write(self, blob_type: BlobType, state: bytes, *, is_encrypted: bool = False) -> None:
-        """Give the TPM, before it is started, one part of its state; `is_encrypted`: by swtpm's own --migration-key."""
-        flags = _ENCRYPTED if is_encrypted else 0
+    def tpm_state_write(self, blob_type: BlobType, state: bytes) -> None:
+        """Give the TPM, before it is started, one part of its state."""
         try:
-            self._connection.sendall(struct.pack(">IIII", Command.SET_STATEBLOB, flags, blob_type, len(state)) + state)
+            self._connection.sendall(struct.pack(">IIII", Command.SET_STATEBLOB, 0, blob_type, len(state)) + state)
             result = int.from_bytes(self._exactly(4), "big")
         except OSError as error:
             raise make_error("vtpm.swtpm", f"the {blob_type.name.lower()} state was not taken: {error}") from error

@@ -64,6 +64,7 @@ class Keeper:
         self._settings: dict[Command, bytes] = {}  # what a new swtpm has to be told again
         self._watch = _watch_directory(launched.record.path)
         self._seen = {launched.record.digest, *launched.record.past}
+        self._noted_as = (0, 0, 0)  # the file that was noted last: inode, when, bytes
         self._version_at_first = launched.record.version
         # What is incoming comes while its VM stands still: its key is kept meanwhile, its files are noted when `loaded` is asked.
         self._is_noting = launched.record.status != "incoming"
@@ -131,9 +132,16 @@ class Keeper:
         else has put back, and it is not noted; what is not swtpm's, swtpm will not take at the next launch.
         """
         launched = self._launched
-        if not self._is_noting or not launched.swtpm.state_path.exists():
+        try:
+            found = os.stat(launched.swtpm.state_path)
+        except FileNotFoundError:
+            return
+        seen_as = (found.st_ino, found.st_mtime_ns, found.st_size)
+        # swtpm writes its volatile state beside it whenever it is asked for it, which QEMU does while the VM stands still
+        if not self._is_noting or seen_as == self._noted_as:
             return
         digest = self._vault.digest_now(launched.record)
+        self._noted_as = seen_as
         if digest == launched.record.digest:
             return
         if digest in self._seen:
