@@ -92,7 +92,8 @@ class VmDefinition(Model):
 
     `least_level` is the trust level that it asks of the other host, `labels` are words for policies, `vtpm` is the directory
     where this host keeps the files of the VM's own TPM (none: it has none, or Sealane does not look after it); a comma in it would
-    end the word in which swtpm is told it. A domain of libvirt has `libvirt:UUID:URI` in place of a socket; it is found, never registered.
+    end the word in which swtpm is told it. A domain of libvirt
+    has `libvirt:UUID:URI` in place of a socket; it is found, never registered.
     """
 
     name: Name
