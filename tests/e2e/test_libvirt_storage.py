@@ -202,6 +202,8 @@ def test_a_destination_that_dies_removes_its_files_when_it_is_back(moving: Store
     aborted = moving.migrate(during_disks=kill, multifd_channels=0, copy_storage="all", **SLOWLY)
     assert (aborted.state, aborted.runs_at) == ("aborted", "source"), aborted
     moving.away.start_agent()
+    assert moving.away.agent is not None
+    moving.away.agent.wait_for("roots of trust", timeout_s=60)  # before that it cannot show a peer what it is
     with moving.away.client() as client:
         last = moving.hosts.pair.await_end(moving.away, client.migrations()[0].id)
     assert (last.state, last.runs_at) == ("aborted", "source"), last
