@@ -110,6 +110,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         guest = pair.add_guest(hardware=HARDWARE, workload=WORKLOAD, qemu=QEMU)
         pair.start_guest(guest, judge)
         rig = Rig(pair, guest, judge, suspect)
+        rig.settings = rig.settings_of(judge)
         rig.note_descriptors()
         yield Scene(rig, judge, suspect, liar, attested, package, lie)
         for end in ends:
