@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sealane.attest.appraise import Material, appraise
 from sealane.attest.bundle import PIECES_MAX, encode_bundle, parse_bundle
+from sealane.attest.peer import Expectations, PeerJudge
 from sealane.attest.platformlog import Measured, digest_of, encode_line, manifest_digest, parse_platform_log
 from sealane.attest.reasons import Level
 from sealane.attest.reference import Reference
@@ -16,7 +17,7 @@ from sealane.attest.software import parse_statement
 from sealane.attest.verdict import Verdict
 from sealane.crypto.identity import create_identity, public_key
 from sealane.crypto.signatures import parse_public_key
-from sealane.errors import EvidenceError, InternalError
+from sealane.errors import AttestationRejected, EvidenceError, InternalError
 from tests.attest.dcap_rig import NOW
 from tests.attest.tpm_rig import PCRS, TpmRig
 from tests.seal.rig import PROPERTY
@@ -193,3 +194,21 @@ def test_bundles_that_cannot_be() -> None:
 def test_logs_that_cannot_be(text: bytes) -> None:
     with pytest.raises(EvidenceError):
         parse_platform_log(text)
+
+
+# ---- what a peer's judge adds
+
+
+def test_only_the_test_roots_that_the_settings_name_too_count() -> None:
+    reference = Reference(version=1, test_roots=["aa", "bb"], accept_test_roots=True)
+    assert Expectations(accepted_test_roots=["AA"]).applied_to(reference).test_roots == ["aa"]
+    assert Expectations().applied_to(reference).test_roots == []
+
+
+def test_a_host_that_was_introduced_with_hardware_shows_it_with_its_evidence_and_with_its_logs() -> None:
+    introduced = Reference(version=1, hosts=["ak:00"])
+    peer = PeerJudge("host", KEY, lambda: NOW, Expectations(), introduced=introduced)
+    for judged in (peer.check_shown, peer.appraise):
+        with pytest.raises(AttestationRejected) as caught:
+            judged(software_evidence(HOST, NONCE), NONCE)
+        assert caught.value.code == "attest.hardware-changed"
