@@ -3,6 +3,7 @@
 import calendar
 import importlib
 import json
+import platform
 import random
 from collections.abc import Mapping
 from contextlib import suppress
@@ -311,11 +312,10 @@ def test_report_fields(vectors: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["sgx", "tdx"])
 def test_the_same_answers_as_another_verifier(vectors: Path, kind: str) -> None:
-    """dcap-qvl (PyPI) where it is installed: status and advisories, window, and changed bytes."""
-    try:
-        oracle: Any = importlib.import_module("dcap_qvl")
-    except ImportError:
-        pytest.skip("dcap-qvl is not installed")
+    """dcap-qvl: status and advisories, window, and changed bytes."""
+    if platform.machine() != "x86_64":
+        pytest.skip("dcap-qvl is not installed on this machine")
+    oracle: Any = importlib.import_module("dcap_qvl")
     files = dcap(vectors, kind)
     quote, text = files[f"{kind}_quote"], files[f"{kind}_quote_collateral.json"].decode()
     collateral = oracle.QuoteCollateralV3.from_json(text)
