@@ -71,6 +71,7 @@ class CampaignRig:
         self._descriptors: dict[str, int] = {}
         self._files = {end.name: _state_files(end) for end in (pair.a, pair.b)}
         self._known: set[str] = set()
+        self._id: str | None = None
         for end in (pair.a, pair.b):
             self._note_descriptors(end)
 
@@ -186,10 +187,16 @@ class CampaignRig:
             time.sleep(_LOOK_EVERY_S)
 
     def _newest(self, end: AgentHost) -> Migration | None:
-        """This attempt's migration as this end knows it; None where it never had a job for it."""
+        """This attempt's migration as this end knows it; None where it never had a job for it.
+
+        A question about it that was cut off leaves an entry of its own, under another id.
+        """
         with end.client() as client:
             fresh = [each for each in client.migrations(vm=self.guest.name) if each.id not in self._known]
-        return fresh[0] if fresh else None
+        if end is self.home:
+            self._id = fresh[0].id if fresh else None
+        same = [each for each in fresh if each.id == self._id]
+        return next(iter(same or fresh), None)
 
     # The judgement
 
@@ -216,7 +223,9 @@ class CampaignRig:
         if len(running) == 1 and outcome.ending != _BROUGHT_BACK:
             self._judge_guest(outcome, running[0])
         self._judge_remains(outcome, running)
-        self._known |= {each.id for each in (source, destination) if each}
+        for end in (self.home, self.away):
+            with end.client() as client:
+                self._known |= {each.id for each in client.migrations(vm=self.guest.name)}
 
     def _judge_rest(self, outcome: Outcome, attempt: Attempt, rest: Rest) -> None:
         """What is kept of the VM stays where it is: nothing is tidy, and the next attempt needs new hosts."""
