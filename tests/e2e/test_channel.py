@@ -122,6 +122,7 @@ def test_expired_certificate(expired: int) -> None:
         guest = pair.add_guest(hardware=HARDWARE, workload=WORKLOAD)
         pair.start_guest(guest, pair.a)
         rig = Rig(pair, guest, pair.a, pair.b)
+        rig.settings = rig.settings_of(pair.a)
         with pair.a.client() as client:
             client.vms()
         rig.note_descriptors()

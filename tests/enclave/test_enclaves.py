@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -247,6 +248,16 @@ def test_a_stranger_that_hangs_up(pair: Pair) -> None:
     here.close()
     assert pair.destination.until(Failed).code == "peer.tls"
     assert pair.destination.ends() == (0, "")
+
+
+def test_what_a_stranger_said_before_it_hung_up_is_told(pair: Pair) -> None:
+    here, there = tcp_pair()
+    there.sendall(b"SSH-2.0-OpenSSH_9.2p1\r\n")
+    there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    there.close()  # with a reset: the first bytes of the enclave's cannot leave
+    pair.begin(pair.source, here)
+    assert pair.source.until(Failed).code == "peer.tls"
+    assert pair.source.ends() == (0, "")
 
 
 def test_damage_on_an_established_channel(pair: Pair) -> None:

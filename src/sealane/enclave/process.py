@@ -382,9 +382,10 @@ class Enclave:
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
-                if not wait:
-                    raise PeerError("peer.closed", f"the channel broke: {error.strerror or error}") from error
-                return
+                if wait:
+                    return
+                self._on_channel()  # what the peer said before it hung up tells more
+                raise PeerError("peer.closed", f"the channel broke: {error.strerror or error}") from error
 
     # ---- the lanes
 
