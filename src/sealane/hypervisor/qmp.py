@@ -26,6 +26,7 @@ QEMU_DEFAULT_DOWNTIME_LIMIT_MS: Final = 300
 BLIND_LOOK_INTERVAL_S: Final = 0.1
 # A QEMU whose sockets were closed pauses its postcopy at once.
 _PAUSES_BY_ITSELF_S: Final = 2.0
+_LETS_GO_WITHIN_S: Final = 5.0
 
 _ENDED: Final = {"completed": "completed already", "failed": "failed", "cancelled": "was cancelled"}
 
@@ -122,6 +123,7 @@ class QmpMachine(QmpConnection):
         still take them back. An incoming VM is told to `stop`, which in state "inmigrate" means: do not start by
         yourself when all has arrived, whatever the command line says (monitor/qmp-cmds.c, qmp_stop).
         """
+        await self._wait_let_go()
         known = await self._capabilities()
         wanted = {
             "events": True,
@@ -178,6 +180,7 @@ class QmpMachine(QmpConnection):
         A capability left on outlives Sealane's migration: with `pause-before-switchover` a person's own `migrate` would wait in
         "pre-switchover" for ever.
         """
+        await self._wait_let_go()
         now = await self.migration_settings()
         known = await self._capabilities()
         changed = sorted((now.capabilities ^ settings.capabilities) & known.keys())
@@ -190,6 +193,19 @@ class QmpMachine(QmpConnection):
         if values != now.parameters:
             differing = {name: value for name, value in values.items() if value != now.parameters[name]}
             await self.execute("migrate-set-parameters", differing)
+
+    async def _wait_let_go(self) -> None:
+        """Wait until QEMU has cleaned up after its last migration; raises `vm.qmp` where it does not.
+
+        It says "failed" or "cancelled" before that, and takes other capabilities then. Told in between that there is no multifd, it
+        leaves multifd's channels as they are, and aborts itself, with the VM, where it finds them later (migration_cleanup,
+        multifd_send_shutdown, and the assertion of yank_unregister_instance). That instance goes last.
+        """
+        deadline = asyncio.get_running_loop().time() + _LETS_GO_WITHIN_S
+        while {"type": "migration"} in _as_dicts(await self.execute("query-yank")):
+            if asyncio.get_running_loop().time() > deadline:
+                raise make_error("vm.qmp", "QEMU has not let go of its last migration")
+            await asyncio.sleep(BLIND_LOOK_INTERVAL_S)
 
     async def set_bandwidth(self, bytes_per_s: int) -> None:
         """Bound a copy, also one that is under way, and what a postcopy's guest waits for; 0 is unbounded."""
