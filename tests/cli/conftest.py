@@ -1,5 +1,6 @@
 """The command line under test: in this process through typer's runner, or as a process of its own."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from typer.testing import CliRunner, Result
 
 import sealane
@@ -34,11 +36,17 @@ def agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
 
 
 @pytest.fixture
-def run() -> Run:
+def run() -> Iterator[Run]:
+    """In this process; an agent that is asked for sets logs up, towards a file that is closed with the answer."""
+
     def invoke(*arguments: str) -> Result:
         return CliRunner().invoke(app, list(arguments), prog_name="sealane")
 
-    return invoke
+    root = logging.getLogger()
+    kept = (root.handlers, root.level)
+    yield invoke
+    structlog.reset_defaults()
+    root.handlers, root.level = kept
 
 
 @pytest.fixture
