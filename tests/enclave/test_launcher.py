@@ -1,6 +1,7 @@
 """A real launcher: what its forks share and do not, whose children they are, and how all of it ends."""
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from sealane.enclave.launcher import ENCLAVE_NAME, LAUNCHER_NAME
+from sealane.enclave.interface import socket_pair
+from sealane.enclave.launcher import ENCLAVE_NAME, LAUNCHER_NAME, _words_of
 from tests.enclave.rig import PATIENCE_S, Enclave, Launcher, a_launcher, open_descriptors
 from tests.session.rig import SOURCE
 
@@ -85,6 +87,31 @@ def test_an_enclave_ends_with_its_calls_and_outlives_its_launcher(launcher: Laun
             assert status(enclave.pid)["State"].startswith("S")
             enclave.calls.close()
         assert enclave.ends() == (0, "")
+
+
+def test_an_enclave_that_is_not_wanted_any_more_ends_without_a_word(launcher: Launcher) -> None:
+    mine, theirs = socket_pair()
+    with theirs:
+        mine.close()
+        _, pidfd = launcher.fork(theirs)
+    try:
+        assert select.select([pidfd], [], [], PATIENCE_S)[0]
+        ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    finally:
+        os.close(pidfd)
+    assert ended is not None
+    assert (ended.si_code, ended.si_status, launcher.words()) == (os.CLD_EXITED, 0, "")
+
+
+def test_what_ends_an_enclave_is_told_whole() -> None:
+    """From inside the sandbox, where the source's lines cannot be read."""
+    try:
+        os.close(-1)
+    except OSError as error:
+        told = _words_of(error)
+    assert told.startswith("Traceback (most recent call last):\n  File ")
+    assert "in test_what_ends_an_enclave_is_told_whole\n" in told
+    assert told.endswith(f"OSError: [Errno {errno.EBADF}] Bad file descriptor\n")
 
 
 def test_a_killed_launcher_leaves_its_enclaves_alone(tmp_path: Path) -> None:

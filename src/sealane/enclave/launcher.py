@@ -78,11 +78,20 @@ def _become_enclave(calls: int, agent: int, sandbox: Sandbox) -> NoReturn:
         os.closerange(calls + 1, os.sysconf("SC_OPEN_MAX"))
         main(calls, sandbox)
         status = 0
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        sys.stderr.write(_words_of(error))
     finally:
         sys.stderr.flush()
         os._exit(status)
+
+
+def _words_of(error: BaseException) -> str:
+    """As `traceback` prints it, but for the source's lines: the sandbox would end a process that opens a file for them."""
+    frames = (
+        f'  File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}\n'
+        for frame, line in traceback.walk_tb(error.__traceback__)
+    )
+    return f"Traceback (most recent call last):\n{''.join(frames)}{type(error).__name__}: {error}\n"
 
 
 def launch(descriptor: int, uid: int | None, gid: int | None) -> None:

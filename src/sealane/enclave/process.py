@@ -559,5 +559,9 @@ def main(descriptor: int, sandbox: Sandbox) -> None:
     os.set_inheritable(descriptor, False)
     calls = CallSocket(socket.socket(fileno=descriptor))
     enclave = Enclave(calls)
-    calls.send(Sandboxed(sandbox.enter(enclave.descriptors)))
+    measures = sandbox.enter(enclave.descriptors)
+    try:
+        calls.send(Sandboxed(measures))
+    except OSError:  # the agent wants it no more
+        return
     enclave.run()
