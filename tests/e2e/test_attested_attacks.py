@@ -66,4 +66,6 @@ def test_a_lie(rig: Rig, lie_file: Path, lie: str, liar: str) -> None:
         attempt = rig.attempt()
     finally:
         lie_file.write_text("")
-    assert_refused(rig, attempt, CODES[lie], rig.pair.a if lie in JUDGED else None)
+    judge = rig.pair.a if lie in JUDGED else None
+    # who reflects has not moved on, and may meet the honest host's next message before its refusal
+    assert_refused(rig, attempt, CODES[lie], judge, liar=rig.pair.b, own="attest.order" if lie == "reflection" else "")
