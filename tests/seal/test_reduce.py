@@ -248,6 +248,25 @@ def test_equal_content_is_sent_once(lanes: int) -> None:
     assert sum(reducer.same_bytes for reducer in reducers) >= (9 - 1) * (PAGES - 1) * rig.PAGE
 
 
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_lanes_that_begin_to_reduce_in_the_first_epoch_know_what_they_sent_from_then_on(lanes: int) -> None:
+    """As over a slow line: nobody reduces from the first byte, and two passes may be all there are."""
+    script = rewriting(lanes, epochs=2)
+    ending = rig.part(q.QEMU_VM_SECTION_END) + rig.EOS + rig.FOOTER + b"\0"
+    seen = PagesSeen(lanes)
+    reducers = [LaneReducer(seen, number, KEY) for number in range(lanes)]
+    streamed = [stream.removesuffix(ending) for stream in streams(Script(script.epochs[:1], has_flush=True))]
+    for reducer, stream in zip(reducers, streamed, strict=True):
+        assert reducer.feed(memoryview(stream[: len(stream) // 2])) is None
+    for reducer, stream in zip(reducers, streamed, strict=True):
+        reducer.activate()
+        reducer.feed(memoryview(reducer.tail + stream[len(stream) // 2 :]))
+    for reducer, stream, whole in zip(reducers, streamed, streams(script), strict=True):
+        reducer.feed(memoryview(reducer.tail + whole.removesuffix(ending)[len(stream) :]))
+    left_out = sum(reducer.same_bytes for reducer in reducers) // rig.PAGE
+    assert PAGES // 2 - 2 * lanes <= left_out <= PAGES // 2 + lanes
+
+
 def test_pages_of_zeros_become_zero_records() -> None:
     pages = rig.normal(0, "a") + b"".join(
         rig.record(index * rig.PAGE, q.RAM_SAVE_FLAG_PAGE, "", bytes(rig.PAGE)) for index in (1, 2, 4)

@@ -129,12 +129,12 @@ class LaneReducer:
             return [piece] if self._active else None
         self._fed += len(piece) - len(self._tail)
         self._tail = b""
-        unread = not self._active and not self._seen.used
-        if unread:
-            self._seen.passed_unread(self._lane)
+        unread = not self._active and self._seen.may_pass_unread
         if self._reader is not None:
             self._reader.quiet = unread
         events = self._read(piece)
+        if self._is_unreadable:
+            self._seen.passed_unread(self._lane)
         if self._active and self._reader is not None:
             self._out = []
             for event in events:
@@ -144,10 +144,15 @@ class LaneReducer:
             return self._out
         for event in events:
             self._follow(event, unread)
-        if unread:
-            self._seen.passed_unread(self._lane)
         self._sent = self._fed
         return [piece] if self._active else None
+
+    @property
+    def _is_unreadable(self) -> bool:
+        """Whether pages may go by that nobody can see."""
+        if self._reader is None:
+            return len(self._first) >= SNIFF_BYTES
+        return self._reader.error is not None
 
     def _keep_tail(self, reader: Reader) -> None:
         if 0 < len(reader.pending) <= TAIL_MAX:

@@ -9,7 +9,7 @@ keeps its own order, and two lanes have none. So each entry has the epoch and th
  2. a page that two lanes send in one epoch is not known for the rest of it;
  3. a page of an earlier epoch than its entry is sent and changes nothing;
  4. a page that comes twice in one call is sent both times, and is not known afterwards;
- 5. an epoch in which another lane passed pages unread, or of a block that was not listed yet, makes nothing known;
+ 5. an epoch in which another lane passed pages that cannot be read, or of a block that was not listed yet, makes nothing known;
  6. after `stop` nothing is left out: postcopy throws pages away at the destination.
 
 Wherever the epochs are not certain the answer is to send.
@@ -77,8 +77,13 @@ class PagesSeen:
         with self._lock:
             self._stopped = True
 
+    @property
+    def may_pass_unread(self) -> bool:
+        """Whether pages need not be noted: nothing is known yet, and no other lane's order depends on them."""
+        return not self.used and len(self._epochs) == 1
+
     def passed_unread(self, lane: int) -> None:
-        """Pages of this lane's present epoch went by and nobody looked; only while `used` is False."""
+        """Pages of this lane's present epoch went by and nobody could read which."""
         with self._lock:
             self._unread[lane] = self._epochs[lane]
 
