@@ -135,6 +135,22 @@ def test_state_in_clear_does_not_take_the_place_of_what_was_encrypted(make_vault
         vault.open(0)
 
 
+def test_files_that_nothing_authenticates_are_not_taken_for_those_of_a_launch_that_crashed(
+    make_vault: MakeVault, plain: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version 1 of swtpm's files has no HMAC: whoever changes the number must not have spared himself the key."""
+    vault = make_vault()
+    record = adopted(vault, plain)
+    path = record.path / STATE_FILE
+    # An swtpm that reads whatever it finds.
+    monkeypatch.setattr(vault, "_look_into", lambda content, key: (b"state", record.ek_sha256))
+    content = path.read_bytes()
+    for version, code in ((b"\x02", "vtpm.ahead"), (b"\x01", "vtpm.altered")):
+        path.write_bytes(version + content[1:-1] + bytes([content[-1] ^ 1]))
+        with refused(code):
+            vault.verify()
+
+
 def test_a_changed_record_is_refused(make_vault: MakeVault, plain: bytes) -> None:
     vault = make_vault()
     record = adopted(vault, plain)
