@@ -4,7 +4,8 @@ It goes two ways, one after the other: precopy, and postcopy (`trips.py`). On ea
 notes every point that is reached. Then each fault is injected at each of these points, one at a time, in an order that
 follows from the seed; then, on the way of precopy, faults while a doubt is resolved; then pairs: a single fault, and a second
 one at a point that was reached after it, perhaps in the recovery from it. `--count`, `--doubts` and `--pairs` bound how many,
-on each way; `--minutes` how long it lasts. The exit status is 0 where everything held after every fault.
+on each way; `--minutes` how long it lasts. What an earlier run's file holds need not be done again (`--after`). The exit
+status is 0 where everything held after every fault.
 """
 
 import argparse
@@ -63,9 +64,10 @@ class Campaign:
     """Runs attempts one after the other, with a fresh rig where the last one is worn; raises OutOfTime after `deadline`
     (monotonic clock, seconds)."""
 
-    def __init__(self, seed: int, deadline: float | None = None) -> None:
+    def __init__(self, seed: int, deadline: float | None = None, done: frozenset[str] = frozenset()) -> None:
+        """`done`: single faults that are left out, as they call themselves."""
         self.seed = seed
-        self._deadline = deadline
+        self._deadline, self._done = deadline, done
         self.outcomes: list[Outcome] = []
         self._random = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
         self._traces: dict[Injection, list[str]] = {}
@@ -103,6 +105,10 @@ class Campaign:
         ]
         self._random.shuffle(found)
         return found
+
+    def left(self, singles: Sequence[Injection]) -> list[Injection]:
+        """Those that no earlier run had."""
+        return [each for each in singles if str(each) not in self._done]
 
     def pairs(self, singles: Sequence[Injection]) -> Iterator[list[Injection]]:
         """A single fault, and one more at a point that is reached after it; endless."""
@@ -148,7 +154,7 @@ def run(campaign: Campaign, way: Way, count: int, pairs: int, doubts: int, repor
     points = campaign.points(way)
     report.points += points
     singles = campaign.singles(points)
-    for injection in singles[:count]:
+    for injection in campaign.left(singles)[:count]:
         report.tell(campaign.attempt([injection]))
     for injections in campaign.doubts()[:doubts] if doubts and way == "precopy" else []:
         report.tell(campaign.attempt(injections))
@@ -162,24 +168,30 @@ def run(campaign: Campaign, way: Way, count: int, pairs: int, doubts: int, repor
 
 
 class Report:
-    """Tells each outcome as it comes, and all of them at the end."""
+    """Tells each outcome as it comes, and all of them at the end. What came so far lies in `path` at any moment."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int, path: Path | None = None) -> None:
         self.points: list[str] = []
         self.outcomes: list[Outcome] = []
+        self._seed, self._path = seed, path
 
     def tell(self, outcome: Outcome) -> None:
-        """One line on standard error."""
+        """One line on standard error, and the file."""
         self.outcomes.append(outcome)
         how = "; ".join(outcome.problems) or f"{outcome.total_s:.1f} s"
         what = " then ".join(outcome.injections)
         missed = "" if len(outcome.fired) == len(outcome.injections) else f" ({len(outcome.fired)} fired)"
         print(f"{len(self.outcomes):4} {outcome.ending or '?':14} {what}{missed}: {how}", file=sys.stderr, flush=True)
+        self.save()
 
-    def as_json(self, seed: int) -> str:
-        """All outcomes, without the traces."""
+    def save(self) -> None:
+        """All outcomes, without the traces, in place of what the file held."""
+        if self._path is None:
+            return
         kept = [{name: value for name, value in asdict(each).items() if name != "trace"} for each in self.outcomes]
-        return json.dumps({"seed": seed, "points": self.points, "outcomes": kept}, indent=1)
+        beside = self._path.with_name(self._path.name + ".new")
+        beside.write_text(json.dumps({"seed": self._seed, "points": self.points, "outcomes": kept}, indent=1))
+        beside.replace(self._path)
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
@@ -269,7 +281,8 @@ def main() -> int:
     )
     parser.add_argument("--doubts", type=int, default=100, help="faults to inject while a doubt is resolved [100]")
     parser.add_argument("--minutes", type=float, help="begin nothing more after that time [no limit]")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every outcome there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every outcome there, as it comes")
+    parser.add_argument("--after", type=Path, nargs="+", metavar="FILE", help="no single fault that such files hold")
     parser.add_argument("--draw", type=Path, nargs="+", metavar="FILE", help="only draw the tables of such files")
     arguments = parser.parse_args()
     if arguments.draw:
@@ -277,8 +290,15 @@ def main() -> int:
         points = list(dict.fromkeys(point for each, _ in read for point in each))
         print(page(points, [outcome for _, outcomes in read for outcome in outcomes]))
         return 0
-    report, begun = Report(), time.monotonic()
-    campaign = Campaign(arguments.seed, None if arguments.minutes is None else begun + arguments.minutes * 60)
+    done = frozenset(
+        each.injections[0]
+        for path in arguments.after or []
+        for each in _read(path)[1]
+        if len(each.injections) == 1 and each.fired and not each.problems
+    )
+    report, begun = Report(arguments.seed, arguments.json), time.monotonic()
+    deadline = None if arguments.minutes is None else begun + arguments.minutes * 60
+    campaign = Campaign(arguments.seed, deadline, done)
     try:
         count = sys.maxsize if arguments.count is None else arguments.count
         with suppress(OutOfTime):
@@ -286,8 +306,7 @@ def main() -> int:
                 run(campaign, way, count, arguments.pairs, arguments.doubts, report)
     finally:
         campaign.close()
-        if arguments.json:
-            arguments.json.write_text(report.as_json(arguments.seed))
+        report.save()
     print(page(report.points, report.outcomes))
     print(f"\n{find_qemu()}, seed {arguments.seed}, {time.monotonic() - begun:.0f} s")
     return 1 if any(each.problems for each in report.outcomes) else 0
