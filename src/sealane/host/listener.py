@@ -18,8 +18,8 @@ from sealane.errors import HostError, PeerError, SealaneError
 from sealane.host.config import Settings
 from sealane.host.limits import TokenBuckets
 from sealane.host.migration.context import MigrationContext
-from sealane.host.migration.destination import Reception
 from sealane.host.migration.dialling import give_up_when_unanswered, tune
+from sealane.host.migration.reception import Reception
 from sealane.limits import PENDING_CONNECTIONS_MAX, PREFACE_TIMEOUT_S, UNPROVEN_ENCLAVES_MAX
 from sealane.session.preface import PREFACE_BYTES, ConnectionKind, Preface, parse_preface
 

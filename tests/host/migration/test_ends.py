@@ -11,10 +11,10 @@ import pytest
 from sealane.enclave.interface import LaneTokens, PeerEstablished
 from sealane.errors import SealaneError, for_peer, make_error, printable
 from sealane.host.config import Settings
-from sealane.host.migration import destination as destination_module
 from sealane.host.migration import messages
+from sealane.host.migration import reception as reception_module
 from sealane.host.migration.context import MigrationContext
-from sealane.host.migration.destination import Reception
+from sealane.host.migration.reception import Reception
 from sealane.host.migration.source import SourceMigration
 from sealane.host.models import MigrationRequest, Peer, VmDefinition
 from sealane.host.store import Store
@@ -200,7 +200,7 @@ def test_a_domain_of_a_libvirtd_that_this_host_does_not_look_at_is_refused(uris:
     wish = messages.DomainWish(uri="qemu:///session", least_level=0, labels={})
     asked = a_prepare(0).model_copy(update={"domain": wish, "uuid": "ae3368f7-57e0-5307-be70-1afb23fe0461"})
     with pytest.raises(SealaneError, match="b takes no domains of qemu:///session") as raised:
-        destination_module.incoming_domain(asked, context)
+        reception_module.incoming_domain(asked, context)
     assert raised.value.code == "check.vm-unknown"
 
 
@@ -221,7 +221,7 @@ async def test_a_proven_peer_says_soon_what_it_wants(store: Store, monkeypatch: 
     reception = a_reception(store)
     reception._context.launcher = cast(Any, SimpleNamespace(start_enclave=start))
     monkeypatch.setattr(reception, "_handshake", nothing)
-    monkeypatch.setattr(destination_module, "_turn_away", nothing)
+    monkeypatch.setattr(reception_module, "_turn_away", nothing)
     with pytest.raises(SealaneError, match=r"peer\.slow"):
         await reception.meet(cast(Any, None))
     assert limits == [PREPARE_TIMEOUT_S] == [10.0]

@@ -13,10 +13,10 @@ from sealane.enclave.interface import PeerEstablished
 from sealane.errors import SealaneError, make_error
 from sealane.host.migration import postcopy_source
 from sealane.host.migration.checks import check_postcopy
-from sealane.host.migration.destination import is_half_of
 from sealane.host.migration.messages import Message, PostcopyTicket, Rejoin, Rejoined, TicketHeld, TicketRefused
 from sealane.host.migration.postcopy_destination import Arrival
 from sealane.host.migration.postcopy_source import Departure
+from sealane.host.migration.reception import is_half_of
 from sealane.host.models import Migration
 from sealane.seal.protect import PROTECTIONS, SEALED
 from sealane.session.handover import Handover, Role, State

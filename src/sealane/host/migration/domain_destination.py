@@ -116,7 +116,7 @@ class DomainDestination(DestinationMigration):
         self._enclave.on_vm_wanted = lambda lane: self._attach_lane_soon(lane, path, channels)
         self._enclave.call(ExpectLanes(2 + channels + len(self._disks)))
         tokens = self._enclave.lane_tokens
-        self._reception.expect_lanes(await self._enclave.wait(tokens, QMP_TIMEOUT_S, "enclave.slow", "tokens of lanes"))
+        self._expect_lanes(await self._enclave.wait(tokens, QMP_TIMEOUT_S, "enclave.slow", "tokens of lanes"))
         self._enclave.call(SendMessage(messages.Prepared(multifd_channels=channels, preempt=False).model_dump_json()))
         await self._enclave.wait(
             self._enclave.lanes_open, CHANNEL_ANSWER_TIMEOUT_S + LANE_OPEN_TIMEOUT_S, "peer.slow", "lanes"

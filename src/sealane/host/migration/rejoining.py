@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from sealane.enclave.interface import PeerEstablished
+from sealane.enclave.interface import LaneTokens, PeerEstablished
 from sealane.host.job import Job
 from sealane.host.migration import messages
 from sealane.host.migration.context import MigrationContext
-from sealane.host.migration.destination import DestinationMigration, Reception
+from sealane.host.migration.destination import DestinationMigration
 from sealane.host.migration.enclave_process import EnclaveProcess
 from sealane.host.migration.postcopy_destination import Arrival, Half
 from sealane.host.migration.source import SourceMigration
@@ -49,14 +49,14 @@ class RejoiningDestination(DestinationMigration):
     def __init__(
         self,
         context: MigrationContext,
-        reception: Reception,
+        expect_lanes: Callable[[LaneTokens], None],
         enclave: EnclaveProcess,
         met: PeerEstablished,
         vm: VmDefinition,
         migration: Migration,
     ) -> None:
         nothing_to_prepare = cast(messages.Prepare, None)
-        super().__init__(context, reception, enclave, met, nothing_to_prepare, vm, migration)
+        super().__init__(context, expect_lanes, enclave, met, nothing_to_prepare, vm, migration)
         self._handover = Handover(Role.DESTINATION, State.POSTCOPY_PAUSED)
         self._begun = time.monotonic() - (self.clock() - migration.started_at).total_seconds()
 
@@ -64,14 +64,14 @@ class RejoiningDestination(DestinationMigration):
         async with QmpMachine.connect(self._vm.qmp, self._context.settings.limits.qmp_timeout_s) as qemu:
             lanes = await qemu.postcopy_channels()
             self._arrival = arrival = Arrival(self, self._handover, qemu, directory, lanes, self._enclave)
-            arrival.rejoining.put_nowait(Half(self._enclave, self._reception.expect_lanes))
+            arrival.rejoining.put_nowait(Half(self._enclave, self._expect_lanes))
             await self._see_in(arrival, parted=True)
 
 
 def taking_up(
-    context: MigrationContext, reception: Reception, enclave: EnclaveProcess, met: PeerEstablished
+    context: MigrationContext, expect_lanes: Callable[[LaneTokens], None], enclave: EnclaveProcess, met: PeerEstablished
 ) -> Callable[[Migration], Job]:
     """What `Jobs.take_up` makes the destination's job with."""
     return lambda migration: RejoiningDestination(
-        context, reception, enclave, met, context.registry.get(migration.vm), migration
+        context, expect_lanes, enclave, met, context.registry.get(migration.vm), migration
     )
