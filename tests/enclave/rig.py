@@ -254,11 +254,12 @@ class Pair:
             self.destination.call(AttachVm(lane), theirs)
             self.vms[lane] = (self.vms[lane][0], mine)
 
-    def run(self, target: Callable[..., None], *arguments: object) -> None:
+    def run(self, target: Callable[..., None], *arguments: object) -> threading.Thread:
         """A thread that ends before the test does."""
         thread = threading.Thread(target=target, args=arguments, daemon=True)
         self.threads.append(thread)
         thread.start()
+        return thread
 
     def close(self) -> None:
         """Nothing is left."""

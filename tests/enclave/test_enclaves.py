@@ -93,15 +93,16 @@ def test_bytes_go_both_ways_and_the_digests_agree(pair: Pair, lanes: int) -> Non
             parts.append(piece)
         received[name, lane] = b"".join(parts)
 
+    talk = []
     for lane in range(lanes):
-        pair.run(speak, pair.vms[lane][0], there[lane], lane)
-        pair.run(listen, pair.vms[lane][0], "source", lane)
+        talk += [pair.run(speak, pair.vms[lane][0], there[lane], lane)]
+        talk += [pair.run(listen, pair.vms[lane][0], "source", lane)]
     pair.attach(lanes=lanes)
     for lane in range(lanes):
-        pair.run(listen, pair.vms[lane][1], "destination", lane)
-        pair.run(speak, pair.vms[lane][1], back[lane], lane)
+        talk += [pair.run(listen, pair.vms[lane][1], "destination", lane)]
+        talk += [pair.run(speak, pair.vms[lane][1], back[lane], lane)]
     ours, theirs = pair.source.until(LanesClosed), pair.destination.until(LanesClosed)
-    for thread in pair.threads:
+    for thread in talk:
         thread.join(20)
     assert received == {
         **{("destination", lane): data for lane, data in there.items()},
