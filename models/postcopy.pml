@@ -30,6 +30,7 @@
  *   -DLOOK_BEFORE_CUT         ... or asks while the lanes may still bring what it lacks
  *   -DFORGET_THE_HALF         a destination that is started again destroys what it has launched, as before the ticket
  *   -DRECEIPT_ENDS_THE_HALF   the source ends its QEMU when the VM runs there, and not when all of it is there
+ *   -DDROP_WITHOUT_LOOKING    an operator has a half ended whose other half is not lost
  *   -DJOIN_BEFORE_ASKING      a source whose QEMU is in no postcopy does not ask the destination what became of the VM
  */
 #include "table.pml"
@@ -76,6 +77,14 @@ byte crashes;
 #else
 #define may_have_switched has_switched
 #endif
+/* what an operator has seen who has a half ended */
+#ifdef DROP_WITHOUT_LOOKING
+#define lost_there true
+#define lost_at_the_source true
+#else
+#define lost_there (destination_lost && destination_qemu == GONE)
+#define lost_at_the_source (source_lost && source_qemu == GONE)
+#endif
 #ifdef JOIN_BEFORE_ASKING
 #define may_ask (source_qemu == HALF)
 #else
@@ -120,7 +129,7 @@ inline resume_source() {
 inline quit_source() {
 	d_step {
 		if
-		:: source_qemu != GONE -> must(source_qemu != RUNNING && whole); source_qemu = GONE
+		:: source_qemu != GONE -> must(source_qemu != RUNNING && (whole || destination_lost)); source_qemu = GONE
 		:: else
 		fi
 	}
@@ -282,6 +291,10 @@ serve:		if
 join:		source_at_rest = true;
 endjoin:	if
 		:: atomic { answers && may_ask -> source_at_rest = false; channel = true; said = 0 }
+		:: atomic { lost_there -> source_at_rest = false }	/* an operator's word */
+			source_step(DROP_HERE);
+			quit_source();
+			goto ended
 		fi;
 		say(rejoin);
 		if
@@ -353,6 +366,7 @@ start:	{
 #else
 			destination_journal = POSTCOPY_PAUSED; destination_state = POSTCOPY_PAUSED
 #endif
+		:: destination_state == COMPLETED && destination_nowhere -> destination_qemu = GONE
 		:: else
 		fi;
 
@@ -366,6 +380,11 @@ endrest:	if
 		:: destination_wrote && destination_state == POSTCOPY_PAUSED && destination_qemu != GONE && whole ->
 			resume_destination();
 			destination_step(ARRIVED);
+			goto endrest
+		/* an operator's word */
+		:: atomic { destination_wrote && destination_state == POSTCOPY_PAUSED && destination_qemu != GONE && !whole &&
+			lost_at_the_source -> destination_step(DROP_HERE); destination_nowhere = true };
+			d_step { destination_qemu = GONE; part() };
 			goto endrest
 		/* the source comes back, and is told how it stands */
 		:: atomic { channel && was_said(rejoin) && destination_wrote &&

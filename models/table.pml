@@ -28,9 +28,10 @@ mtype:message = { prepare, prepared, loaded, ticket, receipt, ticket_refused, re
 	((state) == POSTCOPY && (input) == REFUSED -> ABORTED : \
 	((state) == POSTCOPY_PAUSED && (input) == REJOINED -> POSTCOPY : \
 	((state) == POSTCOPY_PAUSED && (input) == ARRIVED -> COMPLETED : \
+	((state) == POSTCOPY_PAUSED && (input) == DROP_HERE -> COMPLETED : \
 	((state) == POSTCOPY_PAUSED && (input) == FAILED -> POSTCOPY_PAUSED : \
 	((state) == POSTCOPY_PAUSED && (input) == REFUSED -> ABORTED : \
-	0)))))))))))))))))))))))
+	0))))))))))))))))))))))))
 
 #define destination_after(state, input) \
 	((state) == PREPARING && (input) == PREPARED -> COPYING : \
@@ -49,5 +50,6 @@ mtype:message = { prepare, prepared, loaded, ticket, receipt, ticket_refused, re
 	((state) == POSTCOPY && (input) == FAILED -> POSTCOPY_PAUSED : \
 	((state) == POSTCOPY_PAUSED && (input) == REJOINED -> POSTCOPY : \
 	((state) == POSTCOPY_PAUSED && (input) == ARRIVED -> COMPLETED : \
+	((state) == POSTCOPY_PAUSED && (input) == DROP_HERE -> COMPLETED : \
 	((state) == POSTCOPY_PAUSED && (input) == FAILED -> POSTCOPY_PAUSED : \
-	0)))))))))))))))))
+	0))))))))))))))))))

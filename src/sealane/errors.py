@@ -424,8 +424,8 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         ),
         "migration.postcopy-paused": Entry(
             "postcopy was cut half-way and could not be joined again",
-            "mend the network between the hosts, leave both QEMUs as they are, and restart the source's agent: it joins the "
-            "halves again (docs/handover.md says how to do it by hand)",
+            "mend the network between the hosts, leave both QEMUs as they are, and say `sealane resolve VM --ask` at the source: "
+            "it joins the halves again (docs/handover.md says how to do it by hand, and what if a half is lost)",
             True,
         ),
         "migration.time-limit": Entry(
@@ -538,8 +538,17 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
         "handover.operator": Entry(
             "an operator decided that the VM is this host's", "see `sealane status`: who, and why"
         ),
+        "handover.half-lost": Entry(
+            "an operator decided that the other half of the VM's memory is lost: this one was ended, and the VM with it",
+            "see `sealane status`: who, and why; start the VM anew from its disks",
+        ),
         "resolve.not-in-doubt": Entry(
-            "no migration of that VM is in doubt here", "see `sealane status`; doubts are resolved at the source"
+            "no migration of that VM is in doubt here, or has its halves parted",
+            "see `sealane status`; doubts are resolved at the source",
+        ),
+        "resolve.half": Entry(
+            "this host has a part of the VM's memory, and half a memory cannot run",
+            "`sealane resolve VM --ask` at the source joins the halves again",
         ),
         "resolve.could-make-two": Entry(
             "the VM may run at the destination; taking it back could make two of it",
@@ -559,6 +568,11 @@ _FAMILIES: Mapping[type[SealaneError], Mapping[str, Entry]] = {
             "the VM is paused here and may run there",
             "the agent goes on asking the destination; `sealane resolve VM --ask` asks now, and `sealane resolve --help` "
             "says what to do where it cannot answer",
+        ),
+        "resolve.parted": Entry(
+            "the two halves of the VM's memory are not joined yet",
+            "`sealane status` shows how it goes; `sealane resolve VM --ask` at the source tries again, and "
+            "`sealane resolve --help` says what to do where the other half is lost for good",
         ),
     },
     InternalError: {

@@ -298,6 +298,17 @@ def test_status_at_the_destination(agent: StandIn, run: Run) -> None:
     assert "← host-a" in run("status").stdout
 
 
+def test_status_of_a_vm_whose_half_was_given_up(agent: StandIn, run: Run) -> None:
+    agent.remembered = [failed("handover.half-lost", state="completed", runs_at="nowhere").migration]
+    agent.latest = agent.remembered[0]
+    row = run("status").stdout.splitlines()[1]
+    assert "nowhere" in row
+    assert "(handover.half-lost)" in row
+    shown = run("status", "web01").stdout
+    assert "web01 runs nowhere" in shown
+    assert CATALOGUE["handover.half-lost"].mend in shown
+
+
 def test_cancel(agent: StandIn, run: Run) -> None:
     remember(agent)
     result = run("cancel", "web01")

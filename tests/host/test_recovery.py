@@ -199,6 +199,34 @@ async def test_what_a_job_could_not_do_at_its_end_is_done_later(tmp_path: Path, 
         assert after.problem.code == "peer.slow"  # why it was aborted, not that it was recovered
 
 
+async def test_a_half_that_was_given_up_is_ended(tmp_path: Path) -> None:
+    """An operator's word was journalled, and the agent died before it was done."""
+    path = tmp_path / "q"
+    machine = await launch_incoming(command(QEMU, path), str(path), tmp_path / "log", 30)
+    with Store(tmp_path / "db") as store:
+        left = migration(1, role="destination", state="completed", runs_at="nowhere")
+        store.journal(left, qmp=str(path), launched=machine)
+        jobs, _ = await recovered(store, path)
+        assert start_time_ticks(machine.pid) is None
+        after = store.migrations()[0]
+        assert (after.state, after.runs_at) == ("completed", "nowhere")
+        assert after.ended_at
+        assert jobs.active_for("web01") is None
+
+
+async def test_a_half_that_was_given_up_is_not_another_vm(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with Store(tmp_path / "db") as store:
+        store.journal(migration(1, state="completed", runs_at="nowhere"), qmp=str(path))
+        async with running(command(QEMU, path), path) as started_anew:
+            await started_anew.aclose()
+            await recovered(store, path)
+            assert await run_state(path) == "running"
+        after = store.migrations()[0]
+        assert (after.state, after.runs_at) == ("completed", "nowhere")
+        assert "was left alone" in after.detail
+
+
 async def test_what_waited_in_the_queue_is_told_to_be_lost(tmp_path: Path) -> None:
     with Store(tmp_path / "db") as store:
         store.journal(migration(1, state="queued"))

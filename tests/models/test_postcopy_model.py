@@ -22,7 +22,6 @@ BY_PRECOPY = {
     "TICKET_JOURNALLED",
     "RECEIPT",
     "OWN_HERE",
-    "DROP_HERE",
 }
 SAID_IN_PRECOPY = {"loaded", "ticket", "receipt_copy", "ask", "ran", "promise", "unsettled"}
 
@@ -72,6 +71,7 @@ def test_every_statement_is_reached() -> None:
         ("LOOK_BEFORE_CUT", "never_none"),
         ("FORGET_THE_HALF", "never_none"),
         ("RECEIPT_ENDS_THE_HALF", "never_none"),
+        ("DROP_WITHOUT_LOOKING", "never_none"),
         ("JOIN_BEFORE_ASKING", "ends"),
     ],
 )

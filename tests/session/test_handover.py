@@ -39,7 +39,7 @@ SENDS = {
     (Role.SOURCE, Input.SWITCHED): "switch",  # what QEMU alone sends, and the destination's QEMU cannot do without
     (Role.DESTINATION, Input.ARRIVED): "arrived",
 }
-# What an operator must have seen at the destination before saying this.
+# What an operator must have seen at the destination before saying this. That a half is lost this walk does not know: postcopy.pml.
 SEEN = {Input.OWN_HERE: State.ABORTED, Input.DROP_HERE: State.COMPLETED}
 
 

@@ -73,6 +73,8 @@ def headline(migration: Migration) -> str:
 
 def outcome(migration: Migration) -> str:
     """One cell of a table: how it goes or why it ended."""
+    if migration.state == "completed" and migration.runs_at == "nowhere" and migration.problem is not None:
+        return reason(migration.problem)
     if migration.state == "completed":
         result = migration.result
         if result is None:

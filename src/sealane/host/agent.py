@@ -26,6 +26,7 @@ from sealane.host.fleet.membership import Membership
 from sealane.host.fleet.office import Office
 from sealane.host.fleet.registry import Registry as FleetRegistry
 from sealane.host.fleet.renewing import EnrolmentTerms, FleetHostSide, KnownFleet, shown_reference
+from sealane.host.halves import Halves
 from sealane.host.job import Job
 from sealane.host.jobs import Jobs
 from sealane.host.limits import least_rate
@@ -140,6 +141,7 @@ class Agent:
         self.metrics.look_at(_Facts(self))
         self._make_source = make_source
         self._doubts: Doubts | None = None
+        self._halves: Halves | None = None
         self._stop = asyncio.Event()
         self._inspecting = asyncio.Semaphore(1)
 
@@ -216,9 +218,12 @@ class Agent:
         return job.migration
 
     async def resolve(self, reference: str, request: ResolveRequest, caller: Caller = UNKNOWN_CALLER) -> Migration:
-        """End a doubt; see `Doubts.resolve`."""
-        if self._doubts is None:  # it is there before the interface is
-            raise make_error("agent.stopping", f"migration {self.jobs.find(reference).number} cannot be resolved now")
+        """End a doubt, or see to halves that stay parted; see `Doubts.resolve`, `Halves.resolve`."""
+        migration = self.jobs.find(reference)
+        if self._doubts is None or self._halves is None:  # they are there before the interface is
+            raise make_error("agent.stopping", f"migration {migration.number} cannot be resolved now")
+        if migration.state == "postcopy-paused":
+            return await self._halves.resolve(migration, request, caller.name)
         return await self._doubts.resolve(reference, request, caller.name)
 
     def check_policy(self, question: PolicyQuestion, caller: Caller) -> PolicyAnswer:
@@ -305,7 +310,7 @@ class Agent:
                     self.jobs,
                     self._find_qmp,
                     qmp_timeout_s=self.settings.limits.qmp_timeout_s,
-                    rejoin=lambda migration: self.jobs.take_up(migration.id, lambda held: RejoiningSource(self, held)),
+                    rejoin=self._rejoin,
                 )
                 self._doubts = Doubts(
                     self.jobs,
@@ -313,6 +318,7 @@ class Agent:
                     lambda entry: ask_peer(self, entry),
                     first_pause_s=self.settings.limits.ask_first_pause_s,
                 )
+                self._halves = Halves(self.jobs, recovery, lambda entry: ask_peer(self, entry), self._rejoin)
                 remove_socket_directories(self.paths.run)
                 for migration in self.receipts.catch_up():
                     self.log.info("receipt written late", migration=migration.id[:8], receipt=migration.receipt)
@@ -378,6 +384,10 @@ class Agent:
             for log in (self.paths.state / "log").glob("*.log"):
                 trim_log(log)
             await asyncio.sleep(QEMU_LOG_INTERVAL_S)
+
+    def _rejoin(self, migration: Migration) -> Job:
+        """Go on with a source's postcopy whose halves are parted, and which no job runs."""
+        return self.jobs.take_up(migration.id, lambda held: RejoiningSource(self, held))
 
     def _find_qmp(self, vm: str) -> str | None:
         with contextlib.suppress(SealaneError):

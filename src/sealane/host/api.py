@@ -448,7 +448,8 @@ def _add_migrations(app: FastAPI, agent: ApiAgent) -> None:
     async def resolve_migration(id: str, request: ResolveRequest, http: Request) -> Migration:
         """Ask the destination what became of a migration that is in doubt here, and do as it says, or as the operator does.
 
-        409 `handover.in-doubt` where `ask` brought no answer that settles it, `resolve.…` where the word was refused.
+        Of one that is `postcopy-paused`: have its halves joined again now, or end the half here. 409 `handover.in-doubt` and
+        `resolve.parted` where `ask` did not settle it, `resolve.…` where the word was refused.
         """
         return await agent.resolve(id, request, await _caller(http))
 

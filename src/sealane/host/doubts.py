@@ -114,10 +114,10 @@ class Doubts:
         peer = entry.migration.peer
         if isinstance(said, messages.Ran):
             words = f"{peer} journalled the ticket, and the VM ran there"
-            await self._end(entry, Input.RECEIPT, _resolution("drop-here", "destination", said, words), digest)
+            await self._end(entry, Input.RECEIPT, resolution_of("drop-here", "destination", said, words), digest)
         elif isinstance(said, messages.Promise):
             words = f"{peer} never ran its copy, has destroyed it, and promised that it never will"
-            await self._end(entry, Input.REFUSED, _resolution("own-here", "destination", said, words))
+            await self._end(entry, Input.REFUSED, resolution_of("own-here", "destination", said, words))
         else:
             return False
         return True
@@ -154,10 +154,10 @@ class Doubts:
     ) -> None:
         looked = ", and the operator has looked there" if request.i_have_looked else ""
         if request.decision == "own-here":
-            resolution = _resolution("own-here", "operator", said, f"{why}{looked}", user)
+            resolution = resolution_of("own-here", "operator", said, f"{why}{looked}", user)
             await self._end(entry, Input.OWN_HERE, resolution)
         else:
-            resolution = _resolution("drop-here", "operator", said, f"{why}{looked}", user)
+            resolution = resolution_of("drop-here", "operator", said, f"{why}{looked}", user)
             await self._end(entry, Input.DROP_HERE, resolution)
 
     async def _end(
@@ -210,9 +210,10 @@ def check_word(request: ResolveRequest, said: messages.Answer | None, why: str) 
     raise make_error("resolve.could-make-two" if owns else "resolve.could-lose-it", why)
 
 
-def _resolution(
+def resolution_of(
     decision: str, by: str, said: messages.Answer | None, words: str, user: str | None = None
 ) -> Resolution:
+    """What was decided now, by whom, and what the other end had answered."""
     answer = "none" if said is None else said.reason if isinstance(said, messages.Unsettled) else said.kind
     facts = {"decision": decision, "by": by, "answer": answer, "words": words, "user": user, "at": utc_now()}
     return Resolution.model_validate(facts)

@@ -72,6 +72,7 @@ class Job(ABC):
         self.issue: Issue = no_receipt
         self.task: asyncio.Task[None] | None = None
         self.admitted = asyncio.Event()
+        self.hurry = asyncio.Event()  # a job that pauses before it tries something again tries it now
         self.check_again = NOW.check_again
         self.time_max_s: float | None = None
         self.observer: Observer = Unobserved()

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from typing import Final
 
 import structlog
 
@@ -22,6 +23,8 @@ from sealane.seal.protect import readable_words
 from sealane.session.handover import ENDED
 
 _log = structlog.get_logger()
+# What a job does without being interrupted swallows a cancellation that comes meanwhile.
+_CANCEL_AGAIN_S: Final = 0.5
 
 
 class Jobs:
@@ -268,6 +271,21 @@ class Jobs:
         job.task = asyncio.create_task(job.supervise(), name=f"migration {migration.number}, taken up")
         job.task.add_done_callback(lambda _task: self._forget(job))
         return job
+
+    async def put_down(self, migration_id: str) -> None:
+        """Have the job of a postcopy whose halves are parted leave it as it is, so that something else can be done about it.
+
+        Raises `resolve.not-in-doubt` where the halves are not parted.
+        """
+        job = self._live.get(migration_id)
+        while job is not None and job.task is not None and not job.task.done():
+            if job.migration.state != "postcopy-paused":
+                raise make_error(
+                    "resolve.not-in-doubt", f"migration {job.migration.number} is {job.migration.state} here"
+                )
+            job.cancel_code = "migration.postcopy-paused"
+            job.task.cancel()
+            await asyncio.wait({job.task}, timeout=_CANCEL_AGAIN_S)
 
     def looked_at(self, migration_id: str) -> None:
         """Recovery has tried once; whoever follows the migration is told how it stands."""

@@ -400,7 +400,8 @@ class VtpmView(Model):
 
 
 class Resolution(Model):
-    """How a source's doubt ended, or (`promised`, at a destination) what a source in doubt was answered for good.
+    """How a source's doubt ended, who gave up a half whose other half is lost (`drop-here`, at either end), or (`promised`, at a
+    destination) what a source in doubt was answered for good.
 
     `answer` is what the destination said before: ran, promise, under-way, gone, unknown; none, where it could not be asked.
     """
@@ -414,11 +415,14 @@ class Resolution(Model):
 
 
 class ResolveRequest(Model):
-    """What to do about a migration that is in doubt here. `ask`: do as the destination's journal says.
+    """What to do about a migration that is in doubt here, or `postcopy-paused`. `ask`: do as the destination's journal says.
 
     `own-here`: the VM is this host's and runs on here; `drop-here`: it is the destination's, and the paused copy here is
     ended. The destination is asked first, and a word against its answer is refused. Where it cannot tell, or cannot be
     asked, `i_have_looked` is needed: that somebody made sure of it on the destination itself.
+
+    Of halves that are parted, `ask` has the source join them now; `drop-here` ends the half here, the other one being lost for
+    good, of which `i_have_looked` says that somebody made sure; `own-here` is refused.
     """
 
     decision: Literal["ask", "own-here", "drop-here"]

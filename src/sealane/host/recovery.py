@@ -7,8 +7,8 @@ A previous agent left them, or a job of this one that could not do its last step
     source       preparing, copying, switching-over      reclaim: cancel in QEMU, let the VM run again, aborted
     source       aborted, but not ended                  the same: QEMU did not let the VM run again when it was asked
     source       handing-over, in-doubt                  the VM stays paused: in-doubt; one that runs was refused: aborted
-    source       completed, but not ended                the receipt came: end the copy that QEMU says it sent away
-                 (`doubts` journals `aborted` and `completed` so, when it is known how a doubt ends)
+    source       completed, but not ended                the receipt came: end the copy that QEMU says it sent away, or its half
+                 (`doubts` and `halves` journal `aborted` and `completed` so, when it is known how it ends)
     source       postcopy, postcopy-paused               join the halves again (`rejoin`); QEMU keeps its own meanwhile;
                                                          one that runs was refused: aborted
     destination  preparing, copying, switching-over      destroy the launched QEMU, aborted; but where a ticket to switch to
@@ -17,6 +17,7 @@ A previous agent left them, or a job of this one that could not do its last step
                                                          it where it did, and as soon as all of it is here
     destination  aborted, but not ended                  the same: the launched QEMU could not be destroyed
     destination  handing-over                            the ticket is ours: resume, completed
+    destination  completed, but not ended                an operator gave its half up (`halves`): destroy the launched QEMU
 
 What cannot be settled now (a QEMU that does not answer) keeps its state and holds its VM; `recover` is then called again.
 """
@@ -50,6 +51,8 @@ _log = structlog.get_logger()
 
 # Where QEMU itself stopped the guest for a migration; `paused` is ours only if we journalled the switch-over.
 STOPPED_BY_MIGRATION: Final = frozenset({"finish-migrate", "postmigrate"})
+# What a QEMU says of its migration that keeps the half of a VM which it sent away.
+_KEEPS_HALF: Final = frozenset({"postcopy-active", "postcopy-paused", "postcopy-recover-setup", "postcopy-recover"})
 
 
 class Recovery:
@@ -105,6 +108,12 @@ class Recovery:
         if settled is not None and settled.state in ENDED:
             self._locks.pop(migration_id, None)
         return settled
+
+    async def look_again(self, migration_id: str) -> None:
+        """Settle what may have been looked at before, and rests in doubt or in two halves; nothing is begun again for it."""
+        self._settled.discard(migration_id)
+        self._inherited.discard(migration_id)
+        await self.settle(migration_id)
 
     async def _settle(self, entry: JournalEntry) -> Migration | None:
         log = _log.bind(migration=entry.migration.id[:8], vm=entry.migration.vm, role=entry.migration.role)
@@ -230,16 +239,28 @@ class Recovery:
         return False
 
     async def _end_copy(self, entry: JournalEntry) -> Migration:
+        """Whatever else was started on the VM's socket meanwhile is left alone."""
+        detail = entry.migration.detail
         try:
             async with self._machine(entry) as machine:
-                if await machine.run_state() == "postmigrate":
+                if await machine.run_state() == "postmigrate" or await _keeps_half(machine):
                     await machine.quit()
+                elif entry.migration.runs_at == "nowhere":
+                    detail = f"{detail}; but the QEMU that is here keeps no half, and was left alone"
         except SealaneError as error:
             if not is_absent(error):
                 raise
-        return _changed(entry, state="completed", runs_at="destination")
+        return _changed(entry, state="completed", detail=detail)
+
+    async def _end_half(self, entry: JournalEntry) -> Migration:
+        await self._destroy_launched(entry)
+        return _changed(entry, state="completed")
 
     async def _destroy(self, entry: JournalEntry) -> Migration:
+        await self._destroy_launched(entry)
+        return _aborted(entry, "source", "what was launched here is gone")
+
+    async def _destroy_launched(self, entry: JournalEntry) -> None:
         path = entry.qmp or self._find_qmp(entry.migration.vm)
         if path and is_domain(path):
             await destroy_incoming_domain(path, entry.migration.state)
@@ -248,7 +269,6 @@ class Recovery:
             await destroy(entry.launched.pid, entry.launched.start_time_ticks, qmp_path=path)
         elif path:
             await self._destroy_unjournalled(path)
-        return _aborted(entry, "source", "what was launched here is gone")
 
     async def _destroy_unjournalled(self, path: str) -> None:
         """The agent died between the launch and its journalling: what waits on the VM's socket for a migration is it."""
@@ -277,6 +297,11 @@ class Recovery:
         return _changed(entry, state="completed", runs_at="destination", detail="resumed after the agent's restart")
 
 
+async def _keeps_half(machine: QmpMachine) -> bool:
+    """No domain of libvirt goes by postcopy."""
+    return isinstance(machine, QmpMachine) and (await machine.migration_status()).status in _KEEPS_HALF
+
+
 def _changed(entry: JournalEntry, **changes: Any) -> Migration:
     migration = Migration.model_validate({**entry.migration.model_dump(), **changes})
     return migration.model_copy(update={"ended_at": utc_now()}) if migration.state in ENDED else migration
@@ -297,4 +322,5 @@ _ACTIONS: Final[Mapping[tuple[str, str], Callable[[Recovery, JournalEntry], Awai
     ("destination", "switching-over"): Recovery._destroy_or_switch,
     **{("destination", state): Recovery._run_on_half for state in IN_POSTCOPY},
     **{("destination", state): Recovery._take_over for state in ("handing-over", "in-doubt")},
+    ("destination", "completed"): Recovery._end_half,
 }

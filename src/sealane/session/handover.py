@@ -23,7 +23,8 @@ By postcopy, where the VM runs at the destination before all of its memory is th
   every doubt resumes the VM at the source.
 * The destination enters `postcopy` when its QEMU has switched; only then does it resume the VM.
 * From then on the memory is in two halves, and each end keeps its own. A cut (`failed`) leads to `postcopy-paused`, from
-  which only joining the halves again leads on, or the destination's word that all had arrived.
+  which only joining the halves again leads on, or the destination's word that all had arrived; or the word of an operator who has
+  seen that the other half is lost (`drop-here`), which ends the VM.
 * A destination whose QEMU did not come through the switch destroys it and refuses: the VM never ran there.
 """
 
@@ -71,7 +72,8 @@ class Input(StrEnum):
     FAILED = "failed"  # anything that went wrong, cancel included
     REFUSED = "refused"  # the destination refused the ticket and destroyed its copy (source: was told so)
     OWN_HERE = "own-here"  # source: an operator decided that the VM is this host's
-    DROP_HERE = "drop-here"  # source: an operator decided that it is the destination's
+    # source in doubt: an operator decided that it is the destination's; either end: that the other half of its memory is lost
+    DROP_HERE = "drop-here"
 
 
 ENDED: Final = frozenset({State.COMPLETED, State.ABORTED})
@@ -88,6 +90,7 @@ _HALVED: Mapping[State, Mapping[Input, State]] = {
     State.POSTCOPY_PAUSED: {
         Input.REJOINED: State.POSTCOPY,
         Input.ARRIVED: State.COMPLETED,
+        Input.DROP_HERE: State.COMPLETED,
         Input.FAILED: State.POSTCOPY_PAUSED,
     },
 }

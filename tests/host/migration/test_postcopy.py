@@ -13,7 +13,15 @@ from sealane.enclave.interface import PeerEstablished
 from sealane.errors import SealaneError, make_error
 from sealane.host.migration import postcopy_source
 from sealane.host.migration.checks import check_postcopy
-from sealane.host.migration.messages import Message, PostcopyTicket, Rejoin, Rejoined, TicketHeld, TicketRefused
+from sealane.host.migration.messages import (
+    Arrived,
+    Message,
+    PostcopyTicket,
+    Rejoin,
+    Rejoined,
+    TicketHeld,
+    TicketRefused,
+)
 from sealane.host.migration.postcopy_destination import Arrival
 from sealane.host.migration.postcopy_source import Departure
 from sealane.host.migration.reception import is_half_of
@@ -99,6 +107,7 @@ class LeavingJob:
         self.migration = KNOWN.model_copy(update={"role": "source"})
         self.store = SimpleNamespace(epoch=lambda _vm: 4)
         self.log = SimpleNamespace(warning=lambda *_a, **_k: None, error=lambda *_a, **_k: None)
+        self.hurry = asyncio.Event()
         self.at_journal: Callable[[], None] = lambda: None
 
     def journal(self, **_changes: object) -> None:
@@ -135,12 +144,14 @@ class LeavingQemu:
     """A source's QEMU that is in no postcopy; it notes whether it was told to switch."""
 
     def __init__(self) -> None:
-        self.told = False
+        self.told = self.is_closed = False
+        self.looks = 0
 
     async def migration_status(self) -> SimpleNamespace:
         return SimpleNamespace(status="failed")
 
     async def pause_postcopy(self) -> None:
+        self.looks += 1
         raise make_error("migration.qemu-failed", "QEMU says of its postcopy: failed")
 
     async def migrate_continue(self) -> None:
@@ -182,6 +193,37 @@ async def test_a_source_whose_switch_failed_joins_nothing(monkeypatch: pytest.Mo
     with pytest.raises(SealaneError, match="QEMU says of its postcopy: failed"):
         await departure.see_through(None)
     assert departure.handover.state is State.POSTCOPY_PAUSED
+
+
+async def test_a_source_whose_qemu_is_gone_tries_no_more_once_the_destination_lacks_its_half(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(postcopy_source, "REJOIN_PAUSES_S", (0.0,) * 5)
+    qemu = LeavingQemu()
+    qemu.is_closed = True
+    departure = departing(LeavingJob(), State.POSTCOPY_PAUSED, qemu, AnsweringEnclave(Rejoined(lanes=1)))
+    with pytest.raises(SealaneError, match=r"that QEMU is gone.*migration\.postcopy-paused"):
+        await departure.see_through(None)
+    assert qemu.looks == 1
+
+
+async def test_a_source_whose_qemu_is_gone_still_hears_that_all_had_arrived() -> None:
+    qemu = LeavingQemu()
+    qemu.is_closed = True
+    enclave = AnsweringEnclave(Arrived(epoch=5, digest=None))
+    departure = departing(LeavingJob(), State.POSTCOPY_PAUSED, qemu, enclave)
+    assert await departure.see_through(None) is cast(Any, enclave)
+    assert departure.handover.state is State.COMPLETED
+
+
+async def test_a_source_that_is_hurried_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postcopy_source, "REJOIN_PAUSES_S", (3600.0,))
+    job = LeavingJob()
+    job.hurry.set()
+    departure = departing(job, State.POSTCOPY_PAUSED, LeavingQemu(), AnsweringEnclave(Rejoined(lanes=1)))
+    with pytest.raises(SealaneError, match="1 times tried"):
+        await departure.see_through(None)
+    assert not job.hurry.is_set()
 
 
 async def test_lanes_that_are_gone_before_the_vm_is_given_up_keep_it_here() -> None:

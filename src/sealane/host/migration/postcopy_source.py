@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sealane.enclave.interface import SendMessage
-from sealane.errors import PeerError, SealaneError, make_error, printable
+from sealane.errors import ControlError, PeerError, SealaneError, make_error, printable
 from sealane.host.job import Job
 from sealane.host.migration import messages
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
@@ -29,6 +29,12 @@ from sealane.session.handover import Handover, Input, State
 
 PROGRESS_EVERY_S: Final = 0.25
 _REFUSED: Final = "handover.refused"
+# How the detail of a source begins whose last try to join the halves failed.
+NOT_JOINED: Final = "the halves could not be joined yet"
+
+
+class _HalfIsGone(ControlError):
+    """The destination lacks pages, and the QEMU here that had them is gone: no further try can join anything."""
 
 
 @dataclass
@@ -154,16 +160,22 @@ class Departure:
     async def _join_with_patience(self) -> EnclaveProcess:
         last = make_error("migration.postcopy-paused", "nobody tried")
         for pause_s in REJOIN_PAUSES_S:
-            await asyncio.sleep(pause_s)
+            await self._pause_unless_hurried(pause_s)
             try:
                 return await self._join()
             except SealaneError as error:
-                if error.code == _REFUSED:
+                if error.code == _REFUSED or isinstance(error, _HalfIsGone):
                     raise
                 last = error
                 self.job.log.warning("the halves could not be joined yet", code=error.code, detail=error.detail)
-                self.job.update(detail=f"joining the two halves: {error.detail}")
+                self.job.update(detail=f"{NOT_JOINED}: {error.detail}")
         raise make_error("migration.postcopy-paused", f"{len(REJOIN_PAUSES_S)} times tried, the last: {last.detail}")
+
+    async def _pause_unless_hurried(self, pause_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause_s):
+                await self.job.hurry.wait()
+        self.job.hurry.clear()
 
     async def _join(self) -> EnclaveProcess:
         """New channel, new keys, new lanes; QEMU sends what the other half says that it lacks.
@@ -200,7 +212,7 @@ class Departure:
                 raise PeerError("peer.message", f"`{answer.kind}` came out of turn")
             return
         if nothing_to_join is not None:
-            raise nothing_to_join
+            raise self._why_not_joined(nothing_to_join)
         self._joined += 1
         path = self.directory / f"again-{self._joined}.sock"
         await self.open_lanes(enclave, path, answer.lanes)
@@ -208,6 +220,12 @@ class Departure:
         waiting = self.qemu.wait_migration({"postcopy-active", "completed"}, LOADED_TIMEOUT_S)
         await enclave.wait(waiting, None, "enclave.slow", "")
         self._step(Input.REJOINED, detail="joined again; the rest of the VM's memory follows", problem=None)
+
+    def _why_not_joined(self, nothing_to_join: SealaneError) -> SealaneError:
+        if not self.qemu.is_closed:
+            return nothing_to_join
+        words = f"the destination lacks what this host's QEMU had of the VM, and that QEMU is gone: {nothing_to_join.detail}"
+        return _HalfIsGone("migration.postcopy-paused", words)
 
     # ---- small things
 

@@ -111,7 +111,7 @@ class BytesPart(_Part):
 
 
 class ResolutionPart(_Part):
-    """How a doubt ended: what was decided, by whom, and what the other end had answered."""
+    """How a doubt ended, or who gave up a half of a VM: what was decided, by whom, and what the other end had answered."""
 
     decision: Literal["own-here", "drop-here", "promised"]
     by: Literal["destination", "operator", "journal"]
