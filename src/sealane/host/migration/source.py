@@ -73,6 +73,8 @@ T = TypeVar("T")
 PROGRESS_EVERY_S: Final = 0.25
 # How long the enclave or the peer may take to say why QEMU's migration failed.
 _REASON_WAIT_S: Final = 2.5
+# What the journal says of a VM that was given up and is let run here again.
+TAKING_BACK: Final = "taking the VM back"
 _STOPPED_STATES: Final = frozenset({"postmigrate", "finish-migrate", "paused"})
 
 
@@ -585,7 +587,7 @@ class SourceMigration(Job):
         if self._migration.state not in {State.HANDING_OVER, *IN_POSTCOPY}:
             return
         try:
-            self.journal(state="aborted", runs_at="nowhere", problem=problem_of(reason), detail="taking the VM back")
+            self.journal(state="aborted", runs_at="nowhere", problem=problem_of(reason), detail=TAKING_BACK)
         except SealaneError as error:  # a restart would find the VM in doubt, and see that it runs
             self.log.error("the VM's return was not journalled", code=error.code, detail=error.detail)
 
