@@ -112,6 +112,9 @@ REJOIN_PAUSES_S: Final = (0.2, 1.0, 2.0, 4.0, 8.0, 15.0, *(30.0,) * 18)
 # How long a person who has the halves joined waits to be told how the first try came out; it goes on afterwards.
 REJOIN_TOLD_WITHIN_S: Final = 30.0
 
+# How long a new migration of a VM waits for the last one to clear up, once that one's end was told.
+CLEAR_UP_TIMEOUT_S: Final = 15.0
+
 # A copy under a protection that tells pages apart begins when the guest's pages were looked at once, and no later than this:
 # what is not known is encrypted. The VM runs meanwhile. A look takes 0.16 s per GiB.
 FIRST_LOOK_TIMEOUT_S: Final = 5.0

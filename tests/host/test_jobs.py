@@ -55,6 +55,32 @@ async def test_one_at_once_for_a_vm_and_so_many_in_all(store: Store) -> None:
     assert jobs.active_count == 0
 
 
+async def test_a_vm_whose_last_migration_clears_up_is_waited_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = Jobs(store)
+    first = begin(jobs, store)
+    await asyncio.wait_for(jobs.let_go("web01"), 5)  # it has not ended: `begin` says so
+    with pytest.raises(SealaneError, match=r"vm\.busy"):
+        begin(jobs, store)
+    first.steps.put_nowait(lambda: first.end(state="aborted", runs_at="source"))
+    await first.ended.wait()
+    with pytest.raises(SealaneError, match=r"vm\.busy"):
+        begin(jobs, store)
+    waiting = asyncio.create_task(jobs.let_go("web01"))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    first.steps.put_nowait(None)
+    await asyncio.wait_for(waiting, 5)
+    second = begin(jobs, store)
+    assert second.migration.number == 2
+    second.steps.put_nowait(lambda: second.end(state="aborted", runs_at="source"))
+    await second.ended.wait()
+    monkeypatch.setattr("sealane.host.jobs.CLEAR_UP_TIMEOUT_S", 0.0)
+    await asyncio.wait_for(jobs.let_go("web01"), 5)  # it clears up for too long
+    with pytest.raises(SealaneError, match=r"vm\.busy"):
+        begin(jobs, store)
+    await jobs.stop(0)
+
+
 async def test_references(store: Store) -> None:
     jobs = Jobs(store)
     job = begin(jobs, store)

@@ -182,6 +182,7 @@ class Agent:
         `Jobs.begin` does.
         """
         await self.registry.domains.find()
+        await self.jobs.let_go(request.vm)
         vm = self.registry.get(request.vm)
         peer = self.peers.get(request.host)
         if peer.address is None:

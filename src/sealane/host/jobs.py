@@ -19,6 +19,7 @@ from sealane.host.queue import NOW, Queue, Turn, Wish, place_words
 from sealane.host.refusals import Refusals
 from sealane.host.store import JournalEntry, Store, utc_now
 from sealane.host.subscription import Subscription
+from sealane.limits import CLEAR_UP_TIMEOUT_S
 from sealane.seal.protect import readable_words
 from sealane.session.handover import ENDED
 
@@ -167,6 +168,15 @@ class Jobs:
     def job_for(self, vm: str) -> Job | None:
         """The running job that holds this VM, if any."""
         return next((job for job in self._live.values() if job.migration.vm == vm), None)
+
+    async def let_go(self, vm: str) -> None:
+        """Wait for a job of this VM whose end was told and which still clears up; whoever heard of the end may begin the next.
+
+        At most CLEAR_UP_TIMEOUT_S: `begin` then says `vm.busy`.
+        """
+        job = self.job_for(vm)
+        if job is not None and job.ended.is_set() and job.task is not None:
+            await asyncio.wait({job.task}, timeout=CLEAR_UP_TIMEOUT_S)
 
     def is_under_way(self, migration_id: str) -> bool:
         """Whether a job runs it, or something of it is still to be done."""

@@ -107,6 +107,7 @@ class Reception:
             if not isinstance(wish, messages.Prepare):
                 raise PeerError("peer.message", f"`{wish.kind}` came out of turn")
             vm = wish.vm
+            await self._context.jobs.let_go(vm)
             return self._begin_job(enclave, met, wish)
         except SealaneError as error:
             facts = channel_facts(met)
