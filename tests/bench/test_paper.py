@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sealane.bench import paper, paper_kvm, paper_kvm_report, paper_sgx_report, verdicts
-from sealane.bench.paper_kvm import CpuPeak, method_of
+from sealane.bench.paper_kvm import CpuPeak, busiest, method_of
 from sealane.bench.paper_sgx_calls import CALLS, IMAGE_WAYS, measure_calls, measure_images
 from sealane.testing.problems import RigError
 from tests.bench.reports import TOTALS, kvm_report, sgx_report
@@ -153,6 +153,20 @@ def test_the_ways() -> None:
     options = method_of("hrt").options
     assert options is not None
     assert (options["protection"], options["i_know_this_is_weak"], options["reduce"]) == ("hrt", True, False)
+
+
+@pytest.mark.parametrize(
+    ("seen", "percent"),
+    [
+        ([(0, 0), (18, 20)], 90.0),  # shorter than a stretch: all of it
+        ([(0, 0), (0, 20), (20, 40), (40, 60), (60, 80), (60, 100)], 100.0),  # the busy ones are three in a row
+        ([(0, 0), (20, 20), (20, 40), (40, 60), (40, 80)], 100 * 40 / 60),
+        ([(0, 0), (0, 100), (50, 200)], 50.0),  # it was looked at more rarely
+        ([(7, 7), (7, 7)], 0.0),
+    ],
+)
+def test_the_busiest_stretch(seen: list[tuple[int, int]], percent: float) -> None:
+    assert busiest(seen, 60) == pytest.approx(percent)
 
 
 def test_peak_of_the_machine() -> None:

@@ -17,8 +17,9 @@ METRICS: Final = {
     "downtime_ms": ("downtime, ms", {"write": "figure 13", "read": "figure 14"}),
     "peak_cpu_percent": ("peak CPU, % of the machine", {"write": "figure 15", "read": "figure 16"}),
 }
-# below these, what was measured does not tell two ways apart: QEMU looks every 100 ms, ticks are 10 ms, CPU is seen in 0.3 s
-LEAST: Final = {"total_ms": 20.0, "downtime_ms": 10.0, "peak_cpu_percent": 4.0}
+# below these, what was measured does not tell two ways apart: QEMU looks every 100 ms, ticks are 10 ms; CPU is counted in 10 ms,
+# over 0.3 s or a shorter move
+LEAST: Final = {"total_ms": 20.0, "downtime_ms": 10.0, "peak_cpu_percent": 8.0}
 # Table 1 of the paper: pages, bytes migrated in all, and the share that it prints
 TABLE_1: Final = ((9560, 54594028, 75.23), (9712, 54956455, 75.74), (9938, 51890006, 75.23), (9925, 51837185, 75.23))
 SHARE, SHARE_ABOUT = 75.0, 5.0
