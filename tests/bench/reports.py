@@ -27,7 +27,7 @@ def kvm_report(totals: dict[str, float] = TOTALS, *, noise: float = 0.01, seed: 
             "round": number,
             "total_ms": total * chance.uniform(1 - noise, 1 + noise),
             "downtime_ms": total / 10 * chance.uniform(1 - noise, 1 + noise),
-            "peak_cpu_percent": total / 40 * chance.uniform(1 - noise, 1 + noise),
+            "peak_cpu_percent": total / 32 * chance.uniform(1 - noise, 1 + noise),
             "cpu_s": total / 500,
             "bytes_sent": 1,
         }
