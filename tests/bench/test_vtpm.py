@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sealane.bench.vtpm import measure_image, measure_operations, print_goals
+from sealane.bench.vtpm import measure_image, measure_operations, print_goals, standard_error
 from sealane.vtpm.swtpm import manufacture
 
 
@@ -34,3 +34,12 @@ def test_what_falls_short_is_said(
     print_goals({**plain, "sealane, total": [total], "sealane, downtime": [downtime]})
     line = next(line for line in capsys.readouterr().out.splitlines() if "goal" in line)
     assert [part.rpartition(": ")[2].removeprefix("MISSED by ") for part in line.split(";")] == said
+
+
+def test_a_difference_is_told_with_its_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert standard_error([1.0], [1.0, 2.0]) == 0.0
+    assert standard_error([90.0, 110.0], [100.0, 100.0]) == pytest.approx(10.0)
+    rows = {f"{way}, {what}": [90.0, 110.0] for way in ("none", "swtpm", "sealane") for what in ("total", "downtime")}
+    print_goals(rows)
+    means = capsys.readouterr().out.partition("medians")[0]
+    assert means.count("+-14.1%") == means.count("+-14.1 ms") == 2

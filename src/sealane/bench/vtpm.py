@@ -14,13 +14,14 @@ at most 20 ms more. Hosts of `total` have no TPM: the files' keys are in files.
 
 import argparse
 import json
+import math
 import os
 import socket
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -93,19 +94,33 @@ def print_table(name: str, rows: dict[str, list[float]]) -> None:
 
 
 def print_goals(moves: dict[str, list[float]]) -> None:
-    """What each protection adds to none, in means and medians, and by how much Sealane falls short of the goals, if it does."""
+    """What each protection adds to none, in means and medians, and by how much Sealane falls short of the goals, if it does.
+
+    Behind a mean stands its standard error: what is less than that was not measured.
+    """
     for statistic in (statistics.mean, statistics.median):
         figure = {name: statistic(values) for name, values in moves.items()}
         print(f"\nadded to no protection ({statistic.__name__}s)")
         for way in WAYS[1:]:
             total = figure[f"{way}, total"] / figure["none, total"] - 1
             downtime = figure[f"{way}, downtime"] - figure["none, downtime"]
-            words = ""
+            words = total_error = downtime_error = ""
+            if statistic is statistics.mean:
+                error = standard_error(moves[f"{way}, total"], moves["none, total"]) / figure["none, total"]
+                total_error = f" +-{error:.1%}"
+                downtime_error = f" +-{standard_error(moves[f'{way}, downtime'], moves['none, downtime']):.1f}"
             if way == "sealane":
                 words = (
                     f"   {_judged(total, TOTAL_GOAL, '{:+.1%}')}; {_judged(downtime, DOWNTIME_GOAL_MS, '{:+.1f} ms')}"
                 )
-            print(f"  {way:10} total {total:+7.1%}   downtime {downtime:+7.1f} ms{words}")
+            print(f"  {way:10} total {total:+7.1%}{total_error}   downtime {downtime:+7.1f}{downtime_error} ms{words}")
+
+
+def standard_error(one: Sequence[float], other: Sequence[float]) -> float:
+    """Of the difference of their means; 0.0 where one of them has fewer than two values."""
+    if min(len(one), len(other)) < 2:
+        return 0.0
+    return math.sqrt(statistics.variance(one) / len(one) + statistics.variance(other) / len(other))
 
 
 def _judged(value: float, goal: float, form: str) -> str:
