@@ -100,6 +100,24 @@ def test_one_whose_vm_stayed_is_not(host: Host) -> None:
     host.vtpms._alone(host.definition, lambda vault: vault.verify())
 
 
+def test_one_that_was_given_up_and_stayed_is_of_the_vms_epoch(host: Host) -> None:
+    host.keeper.start("create")
+    for state in ("handing-over", "in-doubt"):
+        host.journal(1, role="source", state=state, epoch=1)
+        assert (host.settle(), host.record().epoch) == ("here", 0)
+    host.journal(1, role="source", state="aborted", epoch=1)  # as `resolve --own-here` ends a doubt
+    assert (host.settle(), host.record().epoch) == ("here", 1)
+    host.journal(2, role="source", state="completed", epoch=2)
+    assert host.settle() == "gone"
+
+
+def test_while_another_migration_is_under_way_the_epoch_stays(host: Host) -> None:
+    host.keeper.start("create")
+    host.journal(1, role="source", state="aborted", epoch=1)
+    host.journal(2, role="source", state="handing-over", epoch=2)
+    assert (host.settle(), host.record().epoch) == ("here", 0)
+
+
 def test_an_old_departure_does_not_end_a_tpm_that_came_later(host: Host) -> None:
     host.journal(1, role="source", state="completed", epoch=3)
     host.keeper.order = host.vtpms._order(host.definition, "open", 4)

@@ -9,7 +9,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -263,6 +263,15 @@ class Vtpms:
                 await self._take_late(vm, arrived.epoch or record.epoch + 1)
             elif arrived.state == "aborted":
                 await self.drop(vm)
+        elif (epoch := _epoch_of_return(record, known)) is not None:
+            await self._stay_late(vm, epoch)
+
+    async def _stay_late(self, vm: VmDefinition, epoch: int) -> None:
+        try:
+            await self._call(vm.name, "stay", epoch=epoch)
+        except SealaneError as error:
+            if error.code != "vtpm.not-running":  # else its next launch is under the VM's epoch
+                raise
 
     async def _take_late(self, vm: VmDefinition, epoch: int) -> None:
         try:
@@ -329,6 +338,17 @@ def _has_left(record: Record, migration: Migration) -> bool:
         and migration.epoch is not None
         and record.epoch < migration.epoch
     )
+
+
+def _epoch_of_return(record: Record, known: Sequence[Migration]) -> int | None:
+    """The VM's epoch, where it was given up and is this host's again: a ticket was refused, or a person ended a doubt.
+
+    `known`: the newest first. Not before that migration has ended: a TPM under its epoch would not be taken for one that left.
+    """
+    newest = known[0] if known else None
+    if newest is None or newest.ended_at is None or newest.epoch is None or record.epoch >= newest.epoch:
+        return None
+    return newest.epoch if (record.status, newest.role, newest.state) == ("here", "source", "aborted") else None
 
 
 def facts_of(record: Record) -> VtpmFacts:
