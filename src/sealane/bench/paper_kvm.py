@@ -6,8 +6,8 @@ a pre-shared key; `ssh` is QEMU plain through OpenSSH with its default cipher. S
 way carries the same bytes. In the guest works stress-ng, held to a share of a processor. Ways alternate within each round; the
 first round warms caches and is not counted. Peak CPU is the whole machine's, in the busiest 0.3 s.
 
-Markdown goes to standard output, progress to standard error. The defaults take about 25 minutes on two cores under TCG, --quick
-about 5. Measure on a machine that does nothing else.
+Markdown goes to standard output, progress to standard error. The defaults take 4 minutes on two quiet cores
+under TCG, 25 on busy ones. Measure on a machine that does nothing else.
 """
 
 import argparse

@@ -10,7 +10,7 @@ volatile_state_dec. Table 2, which figure 14 draws: total time of migrations of 
                root of trust). An enclave is a sandboxed process: what SGX's transitions cost cannot be seen
 
 Ways alternate within each round; the first round is not counted. Markdown goes to standard output, progress to standard error.
-The defaults take about 15 minutes on two cores under TCG; the paper's own 20 runs (--runs 20) about 30.
+The defaults take 5 minutes on two quiet cores under TCG, and three times that on busy ones.
 """
 
 import argparse
