@@ -475,12 +475,22 @@ class SourceMigration(Job):
             self._handover,
             qemu,
             directory,
-            meet=lambda: self._meet(qemu),
+            meet=lambda: self._meet_again(qemu),
             open_lanes=self._open_lanes,
             tell=lambda: self._tell_postcopy(qemu),
             word_timeout_s=limits.word_timeout_s,
             stall_timeout_s=limits.stall_timeout_s,
         )
+
+    async def _meet_again(self, qemu: QmpMachine) -> EnclaveProcess:
+        """As `_meet`, and nothing is left of a try that failed: there may be many."""
+        try:
+            return await self._meet(qemu)
+        except BaseException as error:
+            if self._enclave is not None:
+                self._enclave.abort(for_peer(self._reason_of(error)))
+                await uninterrupted(self._enclave.reap())
+            raise
 
     async def _see_off(self, qemu: QmpMachine, departure: Departure, enclave: EnclaveProcess | None) -> None:
         enclave = await departure.see_through(enclave)
