@@ -4,10 +4,11 @@
  * What is modelled
  *   Two agents, each a process whose memory is lost when it is killed and whose journal is not, as in handover.pml; their QEMUs,
  *   which do not need them; and what carries words (`channel`) and memory (`lanes`) between the hosts. An enclave that dies, a
- *   forged record, a link that is cut, an agent that dies with its enclaves: each breaks both. A word that was said may be heard
- *   until there is a new channel, or never. A write of the journal is a step of its own, and may fail. Before the VM is given up
- *   whoever waits may give up at any moment; afterwards an end goes on trying. `fate` kills agents and QEMUs and cuts, CRASHES
- *   times in all.
+ *   forged record, a link that is cut, an agent that dies with its enclaves: each breaks both. A destination's enclave may outlive
+ *   its agent once QEMU has switched (`orphan`): words are lost, the lanes hold, and are closed when all of the memory went. A
+ *   word that was said may be heard until there is a new channel, or never. A write of the journal is a step of its own, and may
+ *   fail. Before the VM is given up whoever waits may give up at any moment; afterwards an end goes on trying. `fate` kills agents
+ *   and QEMUs and cuts, CRASHES times in all.
  *   QEMU, as far as it decides: what a destination lacks to run the VM comes with the source's switch alone, and a destination
  *   whose stream ends before it ends itself. A source that has switched (HALF) takes no command that lets the VM run there. A
  *   switch that fails before anything has left makes it PAUSED, and so may one that fails when all has left already.
@@ -30,6 +31,7 @@
  *   -DLOOK_BEFORE_CUT         ... or asks while the lanes may still bring what it lacks
  *   -DFORGET_THE_HALF         a destination that is started again destroys what it has launched, as before the ticket
  *   -DRECEIPT_ENDS_THE_HALF   the source ends its QEMU when the VM runs there, and not when all of it is there
+ *   -DWAIT_FOR_ARRIVED        a source whose lanes were closed in order waits for the destination's word, and does not ask
  *   -DDROP_WITHOUT_LOOKING    an operator has a half ended whose other half is not lost
  *   -DJOIN_BEFORE_ASKING      a source whose QEMU is in no postcopy does not ask the destination what became of the VM
  */
@@ -64,6 +66,13 @@ bool destination_listens;	/* its QEMU, for the other half */
 
 /* Between the hosts. */
 bool channel, lanes, was_connected;
+bool orphan;	/* the lanes are those of a destination's enclave that has outlived its agent */
+#ifdef WAIT_FOR_ARRIVED
+bool said_bye;	/* ... and closed them in order */
+#define hears_no_cut said_bye
+#else
+#define hears_no_cut false
+#endif
 int said;		/* bit k: message of kind k, over the last channel */
 
 bool kill_source, kill_destination;
@@ -105,7 +114,7 @@ inline say(kind) {
 }
 
 inline part() {
-	lanes = false; destination_listens = false;
+	lanes = false; destination_listens = false; orphan = false;
 	switch_failed = switch_failed || in_switch;
 	in_switch = false
 }
@@ -276,7 +285,7 @@ serve:		if
 #ifdef RECEIPT_ENDS_THE_HALF
 		:: was_said(receipt) -> goto hears_arrived
 #endif
-		:: !lanes
+		:: !lanes && !hears_no_cut
 		fi;
 		d_step { cut() };
 		source_state = source_after(source_state, FAILED);
@@ -364,7 +373,11 @@ start:	{
 			d_step { destination_qemu = GONE; part() };
 			destination_journal = ABORTED; destination_state = ABORTED
 #else
-			destination_journal = POSTCOPY_PAUSED; destination_state = POSTCOPY_PAUSED
+			destination_journal = POSTCOPY_PAUSED; destination_state = POSTCOPY_PAUSED;
+			if
+			:: lanes -> resume_destination()	/* its enclave has outlived the agent before */
+			:: !lanes
+			fi
 #endif
 		:: destination_state == COMPLETED && destination_nowhere -> destination_qemu = GONE
 		:: else
@@ -504,7 +517,13 @@ give_up:	if
 		d_step { cut() };
 		goto rest
 	} unless {
-		atomic { kill_destination -> cut(); destination_at_rest = false }
+		atomic { kill_destination ->
+			if
+			:: lanes && has_switched -> channel = false; orphan = true
+			:: cut()
+			fi;
+			destination_at_rest = false
+		}
 	};
 	d_step { kill_destination = false };
 	goto start
@@ -518,6 +537,12 @@ end:	do
 	:: atomic { in_switch && lanes && destination_qemu == WAITING -> in_switch = false; destination_qemu = PAUSED }
 	:: atomic { was_connected && !lanes && destination_qemu == WAITING -> destination_qemu = GONE }	/* its stream ended */
 	:: atomic { lanes && !whole && source_qemu == HALF && has_switched -> whole = true }
+	:: atomic { orphan && whole ->	/* no QEMU, but what it ends with */
+		part()
+#ifdef WAIT_FOR_ARRIVED
+		; said_bye = true
+#endif
+	   }
 	od
 }
 

@@ -1,16 +1,19 @@
 """A guest that writes faster than the line arrives by postcopy, through cuts too, with its memory as it was."""
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import pytest
 
 from sealane.cli.client import AgentGone
+from sealane.enclave.launcher import ENCLAVE_NAME
 from sealane.host.models import Migration
 from sealane.testing.machine import Workload
+from sealane.testing.pair import AgentHost, process_name
 from sealane.testing.wiretap import Direction
 from tests.e2e.rig import MIB, Attempt, Rig, make_rig
-from tests.e2e.test_crashes import kill_agent
+from tests.e2e.test_crashes import kill_agent, wait
 
 pytestmark = pytest.mark.e2e
 
@@ -27,7 +30,7 @@ SLOWER = {
 
 @pytest.fixture(scope="module")
 def busy() -> Iterator[Rig]:
-    with make_rig(workload=BUSY) as rig:
+    with make_rig(workload=BUSY, settings="[limits]\nstop_grace_s = 0.1\n") as rig:
         yield rig
 
 
@@ -120,6 +123,46 @@ def test_agents_that_are_killed_half_way_join_the_halves_when_they_are_there_aga
     last = busy.pair.await_end(busy.home, killed[0])
     assert last.state == "completed", (last, [each.detail for each in again])
     attempt = Attempt(last, busy.seen_by(busy.away, last.id))
+    busy.note_descriptors()
+    busy.arrive()
+    busy.assert_arrived(attempt)
+
+
+def has_enclave(end: AgentHost) -> bool:
+    """Whether one lives there, with or without an agent."""
+    return ENCLAVE_NAME in {process_name(pid) for pid in end.host.processes()}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda how: str(how.name))
+def test_the_rest_of_the_memory_comes_without_the_destinations_agent(busy: Rig, how: signal.Signals) -> None:
+    home, away = busy.home, busy.away
+    there = busy.guest.machines[away.name]
+    ended: list[str] = []
+
+    def end_agent(migration: Migration) -> None:
+        if not is_half_way(migration) or ended:
+            return
+        ended.append(migration.id)
+        assert away.agent is not None
+        away.agent.process.send_signal(how)
+        away.agent.process.wait(30)
+        if how is signal.SIGKILL:  # and until all of the memory is there
+            assert has_enclave(away)
+            ticks = len(there.console.ticks)
+            wait(lambda: len(there.console.ticks) >= ticks + 3, "the guest goes on")
+            wait(lambda: not has_enclave(away), "the enclave has nothing left to do")
+            with there.observe() as monitor:
+                assert monitor.execute("query-migrate")["status"] == "completed"
+        away.start_agent()
+
+    told = meanwhile(busy, end_agent, **SLOWER)
+    last = told[-1]
+    assert ended
+    for problem in (each.problem for each in told if each.problem):  # it asks, and has seen no cut
+        assert "the lanes are closed" in problem.detail, problem
+    assert last.state == "completed", last.problem
+    attempt = Attempt(last, busy.pair.await_end(away, last.id))
+    assert attempt.source.id == busy.pair.await_end(home, last.id).id
     busy.note_descriptors()
     busy.arrive()
     busy.assert_arrived(attempt)

@@ -62,6 +62,8 @@ ACTS: dict[str, Callable[[], object]] = {
     "ptrace": lambda: checked(LIBC.ptrace(0x4206, os.getppid(), 0, 0)),
     "gain": gain,
     "mount": mount,
+    "outlive": sandbox.outlive_parent,
+    "another death signal": lambda: checked(LIBC.prctl(1, 15, 0, 0, 0)),
     "dumpable": lambda: checked(LIBC.prctl(4, 1, 0, 0, 0)),
     "limit": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (10, 10)),
     "many descriptors": lambda: [os.dup(1) for _ in range(1000)],

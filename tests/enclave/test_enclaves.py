@@ -1,12 +1,14 @@
 """Two real enclave processes: what they carry, how they end, and what they gave up."""
 
+import contextlib
 import json
 import os
 import random
 import signal
 import socket
 import struct
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -22,15 +24,26 @@ from sealane.enclave.interface import (
     Finish,
     LanesClosed,
     Message,
+    Outlive,
     PeerEstablished,
     PeerFinished,
     SendMessage,
 )
+from sealane.enclave.process import COUNTERS_EVERY_S, GRACE_S
 from sealane.limits import CHANNEL_MESSAGE_MAX
 from sealane.seal.records import OVERHEAD_BYTES
 from sealane.session.channel import FrameKind, encode_frame
-from tests.enclave.rig import Enclave, Pair, open_descriptors, passing, receive_exactly, tcp_pair, two_enclaves
-from tests.session.rig import DESTINATION, SOURCE, STRANGER, SUBJECT, hello_of
+from tests.enclave.rig import (
+    PATIENCE_S,
+    Enclave,
+    Pair,
+    open_descriptors,
+    passing,
+    receive_exactly,
+    tcp_pair,
+    two_enclaves,
+)
+from tests.session.rig import DESTINATION, SOURCE, STRANGER, SUBJECT, hello_of, software_evidence
 
 
 @pytest.fixture
@@ -230,6 +243,134 @@ def test_an_enclave_whose_agent_is_gone_ends(pair: Pair) -> None:
 def test_an_enclave_without_work_ends_with_its_agent(pair: Pair) -> None:
     pair.source.calls.close()
     assert pair.source.ends() == (0, "")
+
+
+def left_alone(pair: Pair) -> None:
+    """Bytes went over, and the destination's enclave has lost an agent that it was told to outlive."""
+    pair.meet()
+    pair.open_lanes(1)
+    pair.vms[0][0].sendall(b"stream")
+    pair.attach(lanes=1)
+    pair.destination.call(Outlive())
+    pair.destination.calls.close()
+
+
+def test_a_destinations_enclave_outlives_its_agent_until_the_lanes_are_closed(pair: Pair) -> None:
+    left_alone(pair)
+    here, there = pair.vms[0]
+    here.sendall(b" of pages" * 50_000)
+    assert receive_exactly(there, 450_006) == b"stream" + b" of pages" * 50_000
+    pair.source.call(SendMessage("nobody hears it"))
+    there.sendall(b"wanted")
+    assert receive_exactly(here, 6) == b"wanted"
+    for vm in (here, there):
+        vm.shutdown(socket.SHUT_WR)
+    while not {LanesClosed, PeerFinished} <= {type(call) for call in pair.source.heard}:  # in either order
+        pair.source.until(Counters)
+    assert pair.destination.ends() == (0, "")
+    pair.source.call(Finish())
+    assert pair.source.ends() == (0, "")
+
+
+def test_an_enclave_that_loses_its_agent_after_the_lanes_says_goodbye_at_once(pair: Pair) -> None:
+    pair.meet()
+    pair.open_lanes(1)
+    pair.vms[0][0].sendall(b"stream")
+    pair.attach(lanes=1)
+    pair.destination.call(Outlive())
+    for vm in pair.vms[0]:
+        vm.shutdown(socket.SHUT_WR)
+    pair.destination.until(LanesClosed)
+    pair.destination.calls.close()
+    pair.source.until(PeerFinished)
+    assert pair.destination.ends() == (0, "")
+
+
+@pytest.mark.parametrize("cut", ["lane", "peer", "vm"])
+def test_an_enclave_alone_ends_with_the_first_failure(pair: Pair, cut: str) -> None:
+    left_alone(pair)
+    assert receive_exactly(pair.vms[0][1], 6) == b"stream"
+    if cut == "lane":
+        pair.held[0].shutdown(socket.SHUT_RDWR)
+    elif cut == "peer":
+        pair.source.kill()
+    else:
+        pair.vms[0][1].close()
+        pair.vms[0][0].sendall(b"for nobody")
+    assert pair.destination.ends() == (0, "")
+
+
+@contextlib.contextmanager
+def asked_again(directory: Path) -> Iterator[tuple[Pair, Callable[[], None]]]:
+    """A destination's enclave that is to outlive its agent, and waits for evidence; and what ends its quoting process."""
+    asked, ends = threading.Event(), threading.Event()
+    rounds: list[bytes] = []
+
+    def quote(user_data: bytes) -> Mapping[str, bytes]:
+        rounds.append(user_data)
+        if len(rounds) == 1:
+            return software_evidence(DESTINATION, user_data)
+        asked.set()
+        ends.wait(PATIENCE_S)
+        raise OSError("the quoting process is gone")
+
+    with two_enclaves(directory) as pair:
+        pair.reattest_every_s = 0.05
+        pair.quotes["destination"] = quote
+        pair.meet()
+        pair.open_lanes(1)
+        pair.vms[0][0].sendall(b"stream")
+        pair.attach(lanes=1)
+        pair.destination.call(Outlive())
+        pair.destination.call(SendMessage("heard after it"))
+        pair.source.until(Message)
+        assert asked.wait(PATIENCE_S)
+        its_quoting = pair.threads[1]
+
+        def end_quoting() -> None:
+            ends.set()
+            its_quoting.join(PATIENCE_S)
+
+        try:
+            yield pair, end_quoting
+        finally:
+            ends.set()
+
+
+@pytest.mark.parametrize("first", ["agent", "quoting process"])
+def test_an_enclave_alone_attests_no_more(tmp_path: Path, first: str) -> None:
+    """A round is under way as the agent ends, and the quoting process with it."""
+    with asked_again(tmp_path) as (pair, end_quoting):
+        if first == "agent":
+            pair.destination.calls.close()
+        end_quoting()
+        pair.destination.calls.close()
+        seen = receive_exactly(pair.vms[0][1], 6)
+        for _ in range(int((GRACE_S + 1) / COUNTERS_EVERY_S)):  # the source goes on, and asks no more or in vain
+            pair.source.until(Counters)
+            pair.vms[0][0].sendall(b"stream")
+            seen += receive_exactly(pair.vms[0][1], 6)
+        assert {seen[at : at + 6] for at in range(0, len(seen), 6)} == {b"stream"}
+
+
+def test_an_enclave_that_could_outlive_its_agent_attests_while_that_lives(tmp_path: Path) -> None:
+    with asked_again(tmp_path) as (pair, end_quoting):
+        end_quoting()
+        assert pair.destination.until(Failed).code == "quoting.failed"
+        assert pair.destination.ends() == (0, "")
+
+
+@pytest.mark.parametrize("when", ["at the start", "before the lanes", "at a source"])
+def test_who_carries_nothing_for_a_vm_does_not_outlive_its_agent(pair: Pair, when: str) -> None:
+    enclave = pair.destination
+    if when != "at the start":
+        pair.meet()
+    if when == "at a source":
+        pair.open_lanes(1)
+        enclave = pair.source
+    enclave.call(Outlive())
+    assert enclave.until(Failed).code == "internal.error"
+    assert enclave.ends() == (0, "")
 
 
 @pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n" * 4, bytes(100)], ids=["HTTP", "zeros"])

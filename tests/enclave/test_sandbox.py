@@ -91,6 +91,7 @@ ROWS = (
     Row("fork", {"calls": "PermissionError: [Errno 1]"}),
     Row("executable memory", {"calls": "PermissionError: [Errno 13]"}),
     Row("dumpable", {"calls": KILLED}),
+    Row("another death signal", {"calls": KILLED}),
     Row("limit", {"calls": KILLED}),
     Row("many descriptors", {"limits": "OSError: [Errno 24]"}),
 )
@@ -122,6 +123,11 @@ def test_and_succeeds_without_them(row: Row, surroundings: dict[str, str]) -> No
 def test_and_fails_with_all(act: str, surroundings: dict[str, str]) -> None:
     with probed(act, extra=surroundings) as seen:
         assert seen.outcome not in {"done", "exited"}
+
+
+def test_it_may_have_no_death_signal() -> None:
+    with probed("outlive") as seen:
+        assert seen.outcome == "done"
 
 
 @pytest.mark.skipif(not AS_ROOT, reason="only root has privileges to lose")

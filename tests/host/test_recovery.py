@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -225,6 +226,44 @@ async def test_a_half_that_was_given_up_is_not_another_vm(tmp_path: Path) -> Non
         after = store.migrations()[0]
         assert (after.state, after.runs_at) == ("completed", "nowhere")
         assert "was left alone" in after.detail
+
+
+class HalfQemu:
+    """A destination's QEMU in postcopy, whose VM was not let run yet."""
+
+    def __init__(self, status: str) -> None:
+        self.status, self.state = status, "paused"
+
+    async def migration_status(self) -> SimpleNamespace:
+        return SimpleNamespace(status=self.status)
+
+    async def run_state(self) -> str:
+        return self.state
+
+    async def resume(self) -> None:
+        self.state = "running"
+
+
+@pytest.mark.parametrize("state", ["postcopy", "postcopy-paused"])
+@pytest.mark.parametrize(
+    ("status", "ends", "runs", "words"),
+    [
+        ("postcopy-active", "postcopy-paused", True, "held without the agent"),
+        ("postcopy-paused", "postcopy-paused", False, "still at the source"),
+        ("completed", "completed", True, "all of its memory is here"),
+    ],
+)
+async def test_a_half_runs_on_where_no_page_can_be_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, status: str, ends: str, runs: bool, words: str
+) -> None:
+    qemu = HalfQemu(status)
+    monkeypatch.setattr(Recovery, "_machine", lambda _recovery, _entry: contextlib.nullcontext(qemu))
+    with Store(tmp_path / "db") as store:
+        store.journal(migration(1, role="destination", state=state, runs_at="destination"))
+        await recovered(store, tmp_path / "q")
+        after = store.migrations()[0]
+    assert (after.state, after.runs_at, qemu.state == "running") == (ends, "destination", runs)
+    assert words in after.detail
 
 
 async def test_what_waited_in_the_queue_is_told_to_be_lost(tmp_path: Path) -> None:

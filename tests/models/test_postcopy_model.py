@@ -71,6 +71,7 @@ def test_every_statement_is_reached() -> None:
         ("LOOK_BEFORE_CUT", "never_none"),
         ("FORGET_THE_HALF", "never_none"),
         ("RECEIPT_ENDS_THE_HALF", "never_none"),
+        ("WAIT_FOR_ARRIVED", "ends"),
         ("DROP_WITHOUT_LOOKING", "never_none"),
         ("JOIN_BEFORE_ASKING", "ends"),
     ],

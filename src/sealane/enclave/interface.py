@@ -25,6 +25,7 @@ else connects the two processes but the descriptors that are handed over. Order:
     agent    TellClasses + file       the classes are written there
     enclave  ClassesTold
     agent    AttachVtpm + connection  (a VM with a TPM of its own) a link to the VM's keeper, see `sealane.vtpm.link`
+    agent    Outlive                  (destination of a postcopy) from now on the enclave goes on without the agent
     agent    Finish, or Abort at any time
     enclave  Failed, at any time; the last ocall
 """
@@ -133,6 +134,15 @@ class Abort:
 @dataclass(frozen=True)
 class Finish:
     """Everything is said: say so to the peer and exit."""
+
+
+@dataclass(frozen=True)
+class Outlive:
+    """Destination, once the lanes are open: what the lanes carry is wanted also where the agent ends.
+
+    Without its agent the enclave tells nothing and attests no more. It ends when every lane is closed by both ends, or with the
+    first failure.
+    """
 
 
 @dataclass(frozen=True)
@@ -322,6 +332,7 @@ Ecall: TypeAlias = (
     | SendMessage
     | Abort
     | Finish
+    | Outlive
     | WatchGuest
     | ClassifyPages
     | TellClasses

@@ -3,6 +3,9 @@
 The first failure ends everything: the peer is told by the channel, then every connection is closed, so that QEMU at
 both ends sees its migration fail, and the agent hears `Failed`. A lane that merely broke says little; where the peer's
 reason follows within GRACE_S, that one is told instead.
+
+That the agent is gone is a failure too, but for a destination's enclave that was told to outlive it (`Outlive`): it goes on
+alone until every lane is closed.
 """
 
 import contextlib
@@ -43,6 +46,7 @@ from sealane.enclave.interface import (
     Message,
     Ocall,
     OpenLanes,
+    Outlive,
     PeerEstablished,
     PeerFinished,
     PeerSeen,
@@ -56,10 +60,10 @@ from sealane.enclave.interface import (
 from sealane.enclave.marked import Guard
 from sealane.enclave.monitor import Classified
 from sealane.enclave.quoting import QuotingLine, make_judge_maker
-from sealane.enclave.sandbox import Sandbox
+from sealane.enclave.sandbox import Sandbox, outlive_parent
 from sealane.enclave.vtpm import VtpmStates
 from sealane.enclave.watching import GuestWatch, answer_of
-from sealane.errors import InternalError, PeerError, SealaneError, make_error
+from sealane.errors import HostError, InternalError, PeerError, SealaneError, make_error
 from sealane.limits import LANES_MAX, TRUSTED_MAX
 from sealane.seal.keys import lane_token
 from sealane.session.attestation import Subject
@@ -116,6 +120,9 @@ class Enclave:
         self._expected = 0
         self._opened: set[int] = set()
         self._closed: set[int] = set()
+        self._outlives = self._is_alone = False
+        self._unquoted: HostError | None = None  # counts where the agent lives on without its quoting process
+        self._unquoted_until = 0.0
         self._suspended: SealaneError | None = None  # a secondary failure that waits for the peer's word
         self._suspended_until = 0.0
         self._counted_at = 0.0
@@ -163,21 +170,36 @@ class Enclave:
         now = self._clock()
         if self._suspended is not None and now >= self._suspended_until:
             self._end(self._suspended, by_peer=False)
-        if self._quoting is not None:
+        if self._quoting is not None and not self._is_alone:
             self._quoting.check_time()
+            if self._unquoted is not None and now >= self._unquoted_until:
+                self._end(self._unquoted, by_peer=False)
         self._attest_again(now)
-        if self._lanes and now - self._counted_at >= COUNTERS_EVERY_S:
+        if self._lanes and not self._is_alone and now - self._counted_at >= COUNTERS_EVERY_S:
             self._counted_at = now
             self._tell(Counters(*self._count()))
 
     # ---- the agent
 
     def _on_call(self) -> None:
-        received = self._calls.receive()
+        try:
+            received = self._calls.receive()
+        except ConnectionResetError:
+            return  # once, where the agent left words of ours unread; what it said last is still to be read
         if received is None:
-            raise EnclaveOver  # the agent is gone: closing everything makes QEMU fail the migration
+            self._agent_is_gone()
+            return
         call, sockets = received
         self.serve(call, sockets)  # type: ignore[arg-type]
+
+    def _agent_is_gone(self) -> None:
+        if not self._outlives:
+            raise EnclaveOver  # closing everything makes QEMU fail the migration
+        self._is_alone = True
+        self._selector.unregister(self._calls.connection)
+        self._need_channel().attest_no_more()  # the quoting process ends with the agent, before it or after
+        self._stop_hearing(self._need_quoting().connection)
+        self._end_alone_if_done()
 
     def serve(self, call: Ecall, sockets: list[socket.socket]) -> None:
         """Do what the agent asks; raises SealaneError, InternalError for what comes out of turn, and EnclaveOver at the end."""
@@ -213,8 +235,8 @@ class Enclave:
             case WatchGuest() | ClassifyPages() | TellClasses():
                 if (answer := self._guest.serve(call, self._calls.take_files())) is not None:
                     self._tell(answer)
-            case Finish():
-                self._finish()
+            case Finish() | Outlive():
+                self._finish() if isinstance(call, Finish) else self._outlive()
 
     def _trust(self, peers: dict[str, str]) -> None:
         if self._connection is not None or len(self._trusted) + len(peers) > TRUSTED_MAX:
@@ -255,6 +277,16 @@ class Enclave:
         )
         self._selector.register(self._need_connection(), selectors.EVENT_READ, self._on_channel)
 
+    def _outlive(self) -> None:
+        if self._is_source or not len(self._opened) == self._expected > 0:
+            raise InternalError("internal.error", "Outlive before the lanes are open, or at a source")
+        outlive_parent()
+        self._outlives = True
+
+    def _end_alone_if_done(self) -> None:
+        if self._is_alone and len(self._closed) == self._expected:
+            self._finish()
+
     def _finish(self) -> None:
         if self._channel is not None:  # there is none where only the guest's pages were asked about
             self._channel.say_bye()
@@ -262,10 +294,13 @@ class Enclave:
         raise EnclaveOver
 
     def _tell(self, call: Ocall) -> None:
+        if self._is_alone:
+            return
         try:
             self._calls.send(call)
         except OSError:
-            raise EnclaveOver from None
+            if not self._outlives:  # else `_on_call` hears of it, too
+                raise EnclaveOver from None
 
     # ---- the channel
 
@@ -319,8 +354,14 @@ class Enclave:
 
     def _on_quoting(self) -> None:
         line = self._need_quoting()
-        if not line.on_readable():
-            self._selector.unregister(line.connection)
+        try:
+            goes_on = line.on_readable()
+        except HostError as error:
+            if not self._outlives:
+                raise
+            goes_on, self._unquoted, self._unquoted_until = False, error, self._clock() + GRACE_S
+        if not goes_on:
+            self._stop_hearing(line.connection)
 
     def _on_evidence(self, pieces: dict[str, bytes]) -> None:
         self._on_events(self._need_channel().evidence_made(pieces))
@@ -367,8 +408,11 @@ class Enclave:
             raise PeerError("peer.message", "the peer's message is no text, or too long once it is quoted") from None
 
     def _stop_reading(self) -> None:
+        self._stop_hearing(self._need_connection())
+
+    def _stop_hearing(self, end: socket.socket) -> None:
         with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(self._connection)  # type: ignore[arg-type]
+            self._selector.unregister(end)
 
     def _flush(self, *, wait: bool = False) -> None:
         if self._channel is None or self._connection is None:
@@ -460,6 +504,8 @@ class Enclave:
                     self._tell(answer_of(event))
                 case lanes.Broken():
                     self._fail(event.error)
+                case lanes.Wanted() if self._is_alone:
+                    self._fail(HostError("enclave.died", f"nobody is left who attaches lane {event.lane}"))
                 case lanes.Wanted():
                     self._tell(VmWanted(event.lane))
                 case lanes.Opened():
@@ -471,6 +517,7 @@ class Enclave:
                     if len(self._closed) == self._expected:
                         self._need_channel().attest_no_more()
                         self._tell(self._summary())
+                        self._end_alone_if_done()
 
     def _summary(self) -> LanesClosed:
         used = resource.getrusage(resource.RUSAGE_SELF)

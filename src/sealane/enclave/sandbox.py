@@ -88,6 +88,13 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def outlive_parent() -> None:
+    """Undo `die_with_parent`, in the thread that did it; raises OSError."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(0), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
 def name_process(name: str) -> None:
     """What ps(1) shows of this process, besides its command line."""
     _prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()))

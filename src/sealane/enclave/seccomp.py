@@ -23,6 +23,7 @@ _FIONBIO: Final = 0x5421
 _FIOCLEX: Final = 0x5451
 _CLONE_THREAD: Final = 0x0001_0000
 _AT_EMPTY_PATH: Final = 0x1000
+_PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
 _PR_SET_VMA: Final = 0x53_564D41
 LIBRARY: Final = "libseccomp.so.2"
@@ -77,6 +78,7 @@ TABLE: Final = (
     Calls("sched_getaffinity getcpu sysinfo uname", "how many processors there are, for libraries that ask"),
     Calls("prctl", "names of threads", (Word(0, _PR_SET_NAME),)),
     Calls("prctl", "names of mappings, by the C library", (Word(0, _PR_SET_VMA),)),
+    Calls("prctl", "outlive its agent: no signal at its death", (Word(0, _PR_SET_PDEATHSIG), Word(1, 0))),
     Calls("prlimit64", "how large a thread's stack may be: asked of itself, not set", (Word(0, 0), Word(2, 0))),
     # Time, chance, itself
     Calls("clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time times", "what time it is; waiting"),

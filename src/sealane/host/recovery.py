@@ -14,7 +14,8 @@ A previous agent left them, or a job of this one that could not do its last step
     destination  preparing, copying, switching-over      destroy the launched QEMU, aborted; but where a ticket to switch to
                                                          postcopy is held and QEMU has switched: as postcopy
     destination  postcopy, postcopy-paused               keep the half, until the source joins the other one; the VM runs on
-                                                         it where it did, and as soon as all of it is here
+                                                         it where it did, where its lanes hold without an agent, and as soon
+                                                         as all of it is here
     destination  aborted, but not ended                  the same: the launched QEMU could not be destroyed
     destination  handing-over                            the ticket is ours: resume, completed
     destination  completed, but not ended                an operator gave its half up (`halves`): destroy the launched QEMU
@@ -182,23 +183,29 @@ class Recovery:
         return _changed(entry, state="postcopy-paused", runs_at="destination", problem=problem)
 
     async def _run_on_half(self, entry: JournalEntry) -> Migration:
-        """A VM that was not yet let run waits for the other half: at the first page it lacks QEMU itself might stand still."""
+        """A VM that was not yet let run waits for the other half, unless its lanes hold (`Outlive`): at the first page that does
+        not come QEMU itself might stand still.
+        """
         problem = entry.migration.problem or problem_of(
             make_error("migration.postcopy-paused", "the agent was restarted")
         )
         try:
             async with self._machine(entry) as machine:
-                if (await machine.migration_status()).status == "completed":
-                    if await machine.run_state() != "running":
-                        await machine.resume()
+                status = (await machine.migration_status()).status
+                if status in {"completed", "postcopy-active"} and await machine.run_state() != "running":
+                    await machine.resume()
+                if status == "completed":
                     await settings.restore(machine, entry.qemu_before)
-                    return _changed(entry, state="completed", runs_at="destination", detail="all of its memory is here")
+                    detail = "all of its memory is here"
+                    return _changed(entry, state="completed", runs_at="destination", problem=None, detail=detail)
         except SealaneError as error:
             if not is_absent(error):
                 raise
             detail = "the VM was ours, and its QEMU is gone"
             return _changed(entry, state="completed", runs_at="nowhere", problem=problem_of(error), detail=detail)
         detail = "a part of the VM's memory is still at the source, which joins it again"
+        if status == "postcopy-active":
+            detail = "the rest of the VM's memory comes in by lanes that held without the agent; then the source asks"
         return _changed(entry, state="postcopy-paused", runs_at="destination", problem=problem, detail=detail)
 
     async def _destroy_or_switch(self, entry: JournalEntry) -> Migration:

@@ -194,6 +194,12 @@ async def played() -> AsyncIterator[Played]:
     made.agent._stop_listening()
 
 
+async def test_one_that_is_left_is_not_waited_for(played: Played) -> None:
+    played.agent.leave()
+    await played.agent.reap()
+    assert played.enclave.receive() is None
+
+
 async def test_what_the_enclave_tells_reaches_who_waits(played: Played) -> None:
     agent, wanted = played.agent, asyncio.Event()
     lanes: list[int] = []

@@ -1,7 +1,8 @@
 """Who may come back to a VM whose memory is in two halves, and what a ticket must be."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +10,11 @@ from typing import Any, cast
 
 import pytest
 
-from sealane.enclave.interface import PeerEstablished
+from sealane.enclave.interface import Counters, LanesClosed, LaneTokens, Outlive, PeerEstablished, SendMessage
 from sealane.errors import SealaneError, make_error
 from sealane.host.migration import postcopy_source
 from sealane.host.migration.checks import check_postcopy
+from sealane.host.migration.destination import DestinationMigration
 from sealane.host.migration.messages import (
     Arrived,
     Message,
@@ -22,7 +24,7 @@ from sealane.host.migration.messages import (
     TicketHeld,
     TicketRefused,
 )
-from sealane.host.migration.postcopy_destination import Arrival
+from sealane.host.migration.postcopy_destination import Arrival, Half
 from sealane.host.migration.postcopy_source import Departure
 from sealane.host.migration.reception import is_half_of
 from sealane.host.models import Migration
@@ -245,3 +247,183 @@ async def test_no_switch_into_lanes_that_are_known_to_be_gone(lost: bool) -> Non
     await departure.switch(cast(Any, enclave))
     assert departure.handover.state is State.POSTCOPY
     assert qemu.told is not lost
+
+
+# ---- the destination's enclave outlives its agent
+
+
+class ClosedEnclave(AnsweringEnclave):
+    """A source's enclave whose lanes were closed in order; its peer says goodbye, or the `late` word, or nothing."""
+
+    def __init__(self, *, bye: bool, late: Message | None = None) -> None:
+        super().__init__(Arrived(epoch=5, digest=None))
+        loop = asyncio.get_running_loop()
+        self.counters, self._late = Counters(1, 1), late
+        self.lanes_closed: asyncio.Future[LanesClosed] = loop.create_future()
+        self.lanes_closed.set_result(LanesClosed("d" * 64, 1, 1))
+        self.finished: asyncio.Future[None] = loop.create_future()
+        if bye:
+            self.finished.set_result(None)
+
+    async def next_message(self, _timeout_s: float | None, _what: str) -> Message:
+        await asyncio.sleep(0.1 if self._late else 3600.0)
+        assert self._late is not None
+        return self._late
+
+
+class ServingQemu(LeavingQemu):
+    """A source's QEMU that has sent everything."""
+
+    async def migration_status(self) -> SimpleNamespace:
+        return SimpleNamespace(status="completed")
+
+
+def serving(enclave: AnsweringEnclave, monkeypatch: pytest.MonkeyPatch, answer_timeout_s: float = 60.0) -> Departure:
+    async def tell() -> None:
+        pass
+
+    monkeypatch.setattr(postcopy_source, "PROGRESS_EVERY_S", 0.01)
+    monkeypatch.setattr(postcopy_source, "CHANNEL_ANSWER_TIMEOUT_S", answer_timeout_s)
+    monkeypatch.setattr(postcopy_source, "REJOIN_PAUSES_S", (0.0,))
+    return replace(departing(LeavingJob(), State.POSTCOPY, ServingQemu(), enclave), tell=tell, stall_timeout_s=60.0)
+
+
+@pytest.mark.parametrize(("bye", "answer_timeout_s"), [(True, 60.0), (False, 0.05)])
+async def test_a_source_asks_when_its_lanes_were_closed_and_nobody_says_that_all_arrived(
+    monkeypatch: pytest.MonkeyPatch, bye: bool, answer_timeout_s: float
+) -> None:
+    asked = AnsweringEnclave(Arrived(epoch=5, digest=None))
+    departure = serving(asked, monkeypatch, answer_timeout_s)
+    async with asyncio.timeout(20):
+        assert await departure.see_through(cast(Any, ClosedEnclave(bye=bye))) is cast(Any, asked)
+    assert departure.handover.state is State.COMPLETED
+    assert departure.digest is None  # nobody compared it
+
+
+async def test_a_source_whose_lanes_were_closed_waits_for_the_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    enclave = ClosedEnclave(bye=False, late=Arrived(epoch=5, digest="d" * 64))
+    departure = serving(AnsweringEnclave(Rejoined(lanes=1)), monkeypatch)
+    assert await departure.see_through(cast(Any, enclave)) is cast(Any, enclave)
+    assert (departure.handover.state, departure.digest) == (State.COMPLETED, "d" * 64)
+
+
+class NotingEnclave:
+    """A destination's enclave; it notes what it is told."""
+
+    def __init__(self, told: list[str] | None = None) -> None:
+        self.told = [] if told is None else told
+        self.failed: asyncio.Future[SealaneError] = asyncio.get_running_loop().create_future()
+
+    def call(self, call: object) -> None:
+        self.told.append(call.payload if isinstance(call, SendMessage) else type(call).__name__)
+
+    def abort(self, _error: SealaneError) -> None:
+        self.told.append("abort")
+
+    def leave(self) -> None:
+        self.told.append("leave")
+
+    async def reap(self) -> None:
+        pass
+
+    async def wait(self, awaitable: Awaitable[Any], *_limits: object) -> Any:
+        return await awaitable
+
+
+class ArrivingQemu:
+    """A destination's QEMU that has all of the memory."""
+
+    def __init__(self, told: list[str]) -> None:
+        self.told, self.state = told, "paused"
+
+    async def migration_status(self) -> SimpleNamespace:
+        return SimpleNamespace(status="completed")
+
+    async def wait_migration(self, _statuses: set[str]) -> SimpleNamespace:
+        return await self.migration_status()
+
+    async def run_state(self) -> str:
+        return self.state
+
+    async def resume(self) -> None:
+        self.told.append("resume")
+        self.state = "running"
+
+
+def arriving(state: State, told: list[str], enclave: NotingEnclave) -> Arrival:
+    job = LeavingJob()
+    job.at_journal = lambda: told.append("journal")
+    handover, qemu = Handover(Role.DESTINATION, state), ArrivingQemu(told)
+    return Arrival(cast(Any, job), handover, cast(Any, qemu), Path("/nonexistent"), 1, cast(Any, enclave))
+
+
+async def test_the_lanes_hold_without_the_agent_before_the_vm_runs() -> None:
+    told: list[str] = []
+    arrival = arriving(State.SWITCHING_OVER, told, NotingEnclave(told))
+    await arrival.run_here()
+    assert told[:-1] == [Outlive.__name__, "journal", "resume"]
+    assert '"receipt"' in told[-1]
+
+
+async def test_a_qemu_that_has_all_is_not_joined_again() -> None:
+    """All came while no agent was there. The source that asks is told so, by the enclave that it is met with."""
+
+    def no_lanes(_tokens: LaneTokens) -> None:
+        raise AssertionError("there is nothing to join")
+
+    told: list[str] = []
+    first, met = NotingEnclave(), NotingEnclave()
+    arrival = arriving(State.POSTCOPY_PAUSED, told, first)
+    arrival.rejoining.put_nowait(Half(cast(Any, met), no_lanes))
+    async with asyncio.timeout(20):
+        await arrival.see_through(parted=True)
+    arrival.say_arrived()
+    assert told == ["resume"]
+    assert arrival.handover.state is State.COMPLETED
+    assert first.told == []
+    assert ['"arrived"' in each for each in met.told] == [True]
+
+
+async def test_a_source_that_comes_back_when_all_is_there_is_told_on_its_new_channel() -> None:
+    first, met = NotingEnclave(), NotingEnclave()
+    arrival = arriving(State.POSTCOPY, [], first)
+    arrival.rejoining.put_nowait(Half(cast(Any, met), lambda _tokens: None))
+    async with asyncio.timeout(20):
+        await arrival.see_through()
+    arrival.say_arrived()
+    assert first.told == ["abort"]
+    assert ['"arrived"' in each for each in met.told] == [True]
+
+
+class LeftHalf(DestinationMigration):
+    """A destination's job, as far as it gives up; `said` is its last word."""
+
+    def __init__(self, enclave: NotingEnclave, state: State) -> None:
+        self.ended, self.cancel_code = asyncio.Event(), "migration.cancelled"
+        self._enclave, self._handover = cast(Any, enclave), Handover(Role.DESTINATION, state)
+        self._vm = cast(Any, SimpleNamespace(name="web01"))
+        self._migration, self.said = KNOWN, ""
+
+    def leave(self, **changes: Any) -> Migration:
+        self.said = changes["state"]
+        return KNOWN
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "failed", "told", "said"),
+    [
+        (asyncio.CancelledError(), State.POSTCOPY, False, "leave", "postcopy"),
+        (asyncio.CancelledError(), State.POSTCOPY, True, "abort", "postcopy-paused"),
+        (asyncio.CancelledError(), State.POSTCOPY_PAUSED, False, "abort", "postcopy-paused"),
+        (make_error("vm.not-running"), State.POSTCOPY, False, "abort", "postcopy-paused"),
+    ],
+)
+async def test_an_agent_that_stops_leaves_lanes_that_hold(
+    error: BaseException, state: State, failed: bool, told: str, said: str
+) -> None:
+    enclave = NotingEnclave()
+    if failed:
+        enclave.failed.set_result(make_error("lane.cut"))
+    job = LeftHalf(enclave, state)
+    await job._give_up(error)
+    assert (enclave.told, job.said) == ([told], said)

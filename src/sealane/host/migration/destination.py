@@ -329,7 +329,10 @@ class DestinationMigration(Job):
         if not isinstance(error, (SealaneError, asyncio.CancelledError)):
             self.log.error("unexpected error", exc_info=error)
         if self._handover.state in IN_POSTCOPY or await self._has_switched(reason):
-            self._leave_half(reason)
+            if self._handover.state is State.POSTCOPY and isinstance(error, asyncio.CancelledError):
+                self._leave_lanes()
+            else:
+                self._leave_half(reason)
             return
         if self._handover.may_resume_here:
             await self._refuse_or_keep(reason)
@@ -355,6 +358,16 @@ class DestinationMigration(Job):
             return await self._arrival.came_through(reason)
         except SealaneError:
             return False
+
+    def _leave_lanes(self) -> None:
+        """This agent stops, which nothing of a postcopy waits for: the enclave outlives it, and the next agent goes on."""
+        stopping = make_error("agent.stopping")
+        if self._enclave.failed.done():
+            self._leave_half(stopping)
+            return
+        self._enclave.leave()
+        detail = f"the rest of {self._vm.name}'s memory comes in without this agent"
+        self.leave(state=self._handover.state.value, runs_at="destination", problem=problem_of(stopping), detail=detail)
 
     def _leave_half(self, reason: SealaneError) -> None:
         """This half of the VM's memory is kept, and so is the VM that runs on it: recovery goes on from here."""

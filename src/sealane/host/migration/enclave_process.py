@@ -68,6 +68,7 @@ class EnclaveProcess:
     def __init__(self, process: "Child", calls: CallSocket) -> None:
         loop = asyncio.get_running_loop()
         self._process, self._calls = process, calls
+        self._left = False
         self.sandboxed: asyncio.Future[Sandboxed] = loop.create_future()
         self.established: asyncio.Future[PeerEstablished] = loop.create_future()
         self.lane_tokens: asyncio.Future[LaneTokens] = loop.create_future()
@@ -190,6 +191,8 @@ class EnclaveProcess:
 
     async def reap(self) -> None:
         """Wait for the process's end, which `abort`, `finish` or a failure has begun; kill it if it does not come."""
+        if self._left:
+            return
         try:
             async with asyncio.timeout(_EXIT_WAIT_S):
                 await asyncio.shield(self._process.exited)
@@ -198,6 +201,11 @@ class EnclaveProcess:
             await asyncio.shield(self._process.exited)
         finally:
             self._stop_listening()
+
+    def leave(self) -> None:
+        """Speak with it no more: one that was told to outlive this agent goes on, any other ends. `reap` waits for neither."""
+        self._left = True
+        self._stop_listening()
 
     def kill(self) -> None:
         """End the process at once."""

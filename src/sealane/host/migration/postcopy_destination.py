@@ -2,7 +2,7 @@
 
     copying           the ticket comes while QEMU copies
     switching-over    the ticket is journalled; QEMU has not switched, so nothing can run here
-    postcopy          QEMU has switched: journalled, and then the VM is resumed
+    postcopy          QEMU has switched: journalled, and then the VM is resumed. From now on the enclave outlives this agent
     postcopy-paused   the lanes were cut; the VM stands still at the first page that it lacks
 
 A QEMU that does not come through the switch is destroyed, and the source is told so: the VM never ran here. After the
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from sealane.enclave.interface import ExpectLanes, LaneTokens, SendMessage
+from sealane.enclave.interface import ExpectLanes, LaneTokens, Outlive, SendMessage
 from sealane.errors import ControlError, SealaneError, for_peer, make_error
 from sealane.host.job import Job
 from sealane.host.migration import messages
@@ -110,6 +110,7 @@ class Arrival:
         """QEMU has switched: the VM is ours."""
         epoch = self.job.migration.epoch
         assert epoch is not None  # noqa: S101 - journalled with the ticket
+        self._hold_lanes()
         self._step(Input.SWITCHED, epoch=epoch, runs_at="destination", detail="resuming the VM")
         if not await self._let_run():
             return
@@ -119,6 +120,15 @@ class Arrival:
         receipt = messages.Receipt(vm=self.job.migration.vm, epoch=epoch, since_resume_ms=since)
         with contextlib.suppress(SealaneError):  # a lane that was cut is `see_through`'s to notice
             self.enclave.call(SendMessage(receipt.model_dump_json()))
+
+    def _hold_lanes(self) -> None:
+        """From now on the lanes hold also where this agent ends: what is left of the memory needs nobody's word.
+
+        Before the VM runs: at a page that does not come QEMU's main thread itself may stand still, and a QEMU that stands still
+        greets no later agent.
+        """
+        with contextlib.suppress(SealaneError):  # lanes that are gone hold nothing
+            self.enclave.call(Outlive())
 
     async def _let_run(self) -> bool:
         """Let the VM run, if it does not yet; False where the lanes are gone, and the halves must be joined first.
@@ -143,14 +153,21 @@ class Arrival:
 
     async def see_through(self, *, parted: bool = False) -> None:
         """Take pages until all are here, joining again after each cut for as long as the source comes back."""
+        left_alone = parted  # lanes that held while no agent was here may have brought all
         while True:
             try:
                 if parted:
-                    await self._join(await self.rejoining.get())
+                    half = await self.rejoining.get()
+                    self.enclave = half.enclave
+                    if left_alone and await self._has_all():
+                        break
+                    left_alone = False
+                    await self._join(half)
                 await self._take_pages()
                 break
             except SealaneError as error:
                 if await self._has_all():
+                    await self._turn_to_who_came_back(error)
                     break
                 await self._part(error)
                 parted = True
@@ -159,6 +176,13 @@ class Arrival:
                     self._attaching.cancel()
         if await self.qemu.run_state() != "running":  # all came before it was let run, and then a cut
             await uninterrupted(self.qemu.resume())
+
+    async def _turn_to_who_came_back(self, error: SealaneError) -> None:
+        """A source that has come back meanwhile listens on its new channel alone."""
+        if not self.rejoining.empty():
+            self.enclave.abort(error)
+            await uninterrupted(self.enclave.reap())
+            self.enclave = self.rejoining.get_nowait().enclave
 
     async def _has_all(self) -> bool:
         """Whether the last page came before the lanes went. Where QEMU itself waits for a page, it does not answer: no."""
@@ -208,7 +232,7 @@ class Arrival:
 
     async def _join(self, half: Half) -> None:
         """Let QEMU listen anew, and take the other half's lanes."""
-        self.enclave = enclave = half.enclave
+        enclave = half.enclave
         self._joined += 1
         path = self.directory / f"again-{self._joined}.sock"
         await self.qemu.recover_incoming(f"unix:{path}")
@@ -219,6 +243,7 @@ class Arrival:
         await enclave.wait(enclave.lanes_open, LANE_OPEN_TIMEOUT_S, "peer.slow", "lanes")
         waiting = self.qemu.wait_migration({"postcopy-active", "completed"}, LOADED_TIMEOUT_S)
         await enclave.wait(waiting, None, "enclave.slow", "")
+        self._hold_lanes()
         self._step(Input.REJOINED, detail="joined again; the rest of the VM's memory comes in", problem=None)
         await self._let_run()
 

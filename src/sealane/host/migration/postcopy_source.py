@@ -33,6 +33,26 @@ _REFUSED: Final = "handover.refused"
 NOT_JOINED: Final = "the halves could not be joined yet"
 
 
+class _Unsaid:
+    """Raises where all of the memory went and nobody says so: the destination's enclave may have outlived its agent."""
+
+    def __init__(self) -> None:
+        self._seen = (False, False)
+        self._since = 0.0
+
+    def look(self, enclave: EnclaveProcess) -> None:
+        """Now and then; an agent that is there says it before its enclave's goodbye, and soon after the lanes are closed."""
+        now = asyncio.get_running_loop().time()
+        seen = (enclave.lanes_closed.done(), enclave.finished.done())
+        if seen != self._seen:
+            self._seen, self._since = seen, now
+        limit_s = PROGRESS_EVERY_S if all(seen) else CHANNEL_ANSWER_TIMEOUT_S
+        if any(seen) and now - self._since >= limit_s:
+            raise make_error(
+                "lane.cut", "the lanes are closed, and the destination's agent does not say that all arrived"
+            )
+
+
 class _HalfIsGone(ControlError):
     """The destination lacks pages, and the QEMU here that had them is gone: no further try can join anything."""
 
@@ -103,7 +123,7 @@ class Departure:
     async def _serve(self, enclave: EnclaveProcess) -> None:
         if self.handover.state is State.COMPLETED:
             return
-        stall = StallLimit(self.stall_timeout_s)
+        stall, unsaid = StallLimit(self.stall_timeout_s), _Unsaid()
         reading = asyncio.ensure_future(self._read(enclave))
         try:
             while not reading.done():
@@ -115,6 +135,8 @@ class Departure:
                         if enclave.failed.done()
                         else make_error("lane.cut", "QEMU lost its lane")
                     )
+                if not reading.done():
+                    unsaid.look(enclave)
                 await self.tell()
             await reading
         finally:
