@@ -13,7 +13,7 @@ from sealane.session.preface import parse_preface
 def test_replacing_does_not_depend_on_the_pieces(parts: list[bytes], data: st.DataObject) -> None:
     whole = b"".join(parts) + b"."
     cuts = sorted(data.draw(st.sets(st.integers(0, len(whole)), max_size=8)))
-    replace = Replace(b"alice", b"mallo")
+    replace = Replace(b"alice", b"mallo", least=1)
     pieces = [whole[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
     changed = b"".join(replace(0, "forward", 0, piece) for piece in pieces)
     assert changed == whole.replace(b"alice", b"mallo")
@@ -21,13 +21,24 @@ def test_replacing_does_not_depend_on_the_pieces(parts: list[bytes], data: st.Da
 
 
 def test_connections_and_directions_are_apart() -> None:
-    replace = Replace(b"alice", b"mallo")
+    replace = Replace(b"alice", b"mallo", least=2)
     assert replace(0, "forward", 0, b"al") == b""
     assert replace(1, "forward", 0, b"ice") == b"ice"
     assert replace(0, "back", 0, b"ice") == b"ice"
     assert replace(0, "forward", 2, b"ice") == b"mallo"
     with pytest.raises(ValueError, match="as many"):
         Replace(b"alice", b"bob")
+
+
+def test_what_ends_like_the_wanted_bytes_by_chance_does_not_wait() -> None:
+    """It may be the last of a flight, and the other end answers nothing before it is whole."""
+    replace = Replace(b"alice", b"mallo")
+    assert [replace(0, "forward", 0, piece) for piece in (b"..a", b"..ali", b"..alic", b"e")] == [
+        b"..a",
+        b"..ali",
+        b"..",
+        b"mallo",
+    ]
 
 
 def test_versions_of_a_hello() -> None:

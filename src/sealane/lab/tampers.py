@@ -15,16 +15,19 @@ Direction: TypeAlias = Literal["forward", "back"]
 class Replace:
     """Puts other bytes of the same length in place of chosen ones, wherever they come by, also where pieces cut them.
 
-    So Xensploit changed a running guest's memory (Oberheide, Cooke and Jahanian, 2008). `hits` counts.
+    So Xensploit changed a running guest's memory (Oberheide, Cooke and Jahanian, 2008). `hits` counts. A piece waits for the next
+    only where it ends with at least `least` of the wanted bytes: one in 256 ends with the first of them by chance, and who
+    waits for an answer to it sends nothing more.
     """
 
     old: bytes
     new: bytes
     hits: int = 0
+    least: int = 4
     _held: dict[tuple[int, str], bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len(self.old) != len(self.new) or not self.old:
+        if len(self.old) != len(self.new) or not self.old or self.least < 1:
             raise ValueError("the new bytes must be as many as the old ones")
 
     def __call__(self, connection: int, direction: Direction, offset: int, data: bytes) -> bytes:
@@ -33,7 +36,7 @@ class Replace:
         data = self._held.pop(key, b"") + data
         self.hits += data.count(self.old)
         data = data.replace(self.old, self.new)
-        for length in range(min(len(self.old) - 1, len(data)), 0, -1):
+        for length in range(min(len(self.old) - 1, len(data)), self.least - 1, -1):
             if data.endswith(self.old[:length]):
                 self._held[key] = data[-length:]
                 return data[:-length]
