@@ -127,8 +127,8 @@ def test_the_destinations_host_is_lost(busy: Rig) -> None:
     assert of(home, last).state == "postcopy-paused"
     assert os.path.exists(f"/proc/{qemu}")
     assert say(busy, home, "--drop-here", "--yes", "--i-have-looked") == (0, "nowhere")
-    assert_lost(home, last, by="operator")
     wait(lambda: qemus(home) == 0, "the source's half is ended")
+    assert_lost(home, last, by="operator")
     away.start_agent()
     busy.pair.await_end(away, last.id)
     assert_lost(away, last, by=None)
@@ -142,8 +142,8 @@ def test_the_sources_host_is_lost(busy: Rig) -> None:
     wait(lambda: of(away, last).state == "postcopy-paused", "the destination sees the cut")
     assert refused(away, last, "drop-here") == "resolve.could-lose-it"
     assert say(busy, away, "--drop-here", "--yes", "--i-have-looked") == (0, "nowhere")
-    assert_lost(away, last, by="operator")
     wait(lambda: qemus(away) == 0, "the destination's half is ended")
+    assert_lost(away, last, by="operator")
     home.start_agent()  # it keeps its word of the VM, though its QEMU is gone: only the destination can tell
     wait(lambda: of(home, last).state == "postcopy-paused", "recovery looks at it")
     assert say(busy, home, "--drop-here", "--yes") == (0, "nowhere")
