@@ -15,7 +15,7 @@ _ERRORS_HEAD = """\
 
 Every failure has a stable code, which stands at the end of its first line, in `code` of a JSON error, and in `code` of an
 answer of the agent (`application/problem+json`). Below are all of them: what each means, what usually mends it, and
-whether trying again can help. This page is made from `src/sealane/errors.py`.
+whether trying again can help. This page is made from `src/sealane/error_codes.py`.
 
 ## Exit status
 
