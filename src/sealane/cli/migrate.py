@@ -5,22 +5,22 @@ Ctrl-C asks the agent to cancel and waits for the outcome; a second Ctrl-C leave
 
 import shlex
 import time
-from enum import StrEnum
-from typing import Annotated, Final, cast
+from typing import Final, cast
 
 import typer
 from pydantic import ValidationError
 
 from sealane.cli import format as words
+from sealane.cli import migrate_options as options
 from sealane.cli.client import AgentClient, AgentGone, error_of
-from sealane.cli.completion import host_names, vm_names
+from sealane.cli.migrate_options import CopyChoice, StallPolicy
 from sealane.cli.output import Output, command
 from sealane.cli.screen import Screen, make_screen
 from sealane.cli.words import copied, headline, where
 from sealane.errors import SealaneError, UsageError, make_error
 from sealane.host.models import Migration, MigrationRequest, Problem, Protection
-from sealane.limits import GIVE_UP_AFTER_S, LANES_MAX, THROTTLE_MAX_PERCENT
-from sealane.seal.protect import PROTECTIONS, SEALED
+from sealane.limits import GIVE_UP_AFTER_S, THROTTLE_MAX_PERCENT
+from sealane.seal.protect import SEALED
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
@@ -30,124 +30,28 @@ REATTACH_PAUSE_S: Final = 0.5
 _INTERRUPTED: Final = 130
 
 
-class StallPolicy(StrEnum):
-    """What becomes of a copy that does not come nearer to its end; the values are `MigrationRequest.on_stall`'s."""
-
-    GIVE_UP = "give-up"
-    AUTO_CONVERGE = "auto-converge"
-    POSTCOPY = "postcopy"
-    WAIT = "wait"
-
-
-class CopyChoice(StrEnum):
-    """Which disks of a domain are copied; the values are `MigrationRequest.copy_storage`'s."""
-
-    NONE = "none"
-    ALL = "all"
-    INC = "inc"
-
-
 @app.command()
 @command
 def migrate(  # noqa: PLR0913 - one parameter for each option
-    vm: Annotated[str, typer.Argument(metavar="VM", help="The VM to move.", autocompletion=vm_names)],
-    host: Annotated[str, typer.Argument(metavar="HOST", help="Where to.", autocompletion=host_names)],
+    vm: options.VmArgument,
+    host: options.HostArgument,
     *,
-    multifd: Annotated[
-        int | None,
-        typer.Option(
-            "--multifd", metavar="N", min=1, max=LANES_MAX - 2, help="Lanes for pages [default: as both QEMUs allow]."
-        ),
-    ] = None,
-    no_multifd: Annotated[bool, typer.Option("--no-multifd", help="One lane for everything.")] = False,
-    max_bandwidth: Annotated[
-        str | None,
-        typer.Option("--max-bandwidth", metavar="RATE", help="Such as 10Gb/s or 1.2GB/s [default: no bound]."),
-    ] = None,
-    downtime_limit: Annotated[
-        int | None,
-        typer.Option(
-            "--downtime-limit", metavar="MS", min=1, max=2_000_000, help="Milliseconds the VM may stand still."
-        ),
-    ] = None,
-    switchover_hook: Annotated[
-        str | None,
-        typer.Option("--switchover-hook", metavar="CMD", help="Run when the VM is paused; its failure stops the move."),
-    ] = None,
-    on_stall: Annotated[
-        StallPolicy,
-        typer.Option(
-            "--on-stall",
-            help="Where the guest writes faster than the copy goes: leave it here, let QEMU slow it down, run it at the other "
-            "host before all of its memory is there (the loss of either host then loses it), or wait.",
-        ),
-    ] = StallPolicy.GIVE_UP,
-    give_up_after: Annotated[
-        float,
-        typer.Option(
-            "--give-up-after", metavar="S", min=1, max=86_400, help="Seconds without progress, then --on-stall decides."
-        ),
-    ] = GIVE_UP_AFTER_S,
-    max_throttle: Annotated[
-        int | None,
-        typer.Option(
-            "--max-throttle",
-            metavar="PERCENT",
-            min=1,
-            max=99,
-            help=f"How far auto-converge may slow the guest down [default: {THROTTLE_MAX_PERCENT}].",
-        ),
-    ] = None,
-    priority: Annotated[
-        int | None,
-        typer.Option(
-            "--priority",
-            metavar="N",
-            min=-100,
-            max=100,
-            help="Where it must wait for others: the higher the sooner [default: the VM's in agent.toml, or 0].",
-        ),
-    ] = None,
-    time_limit: Annotated[
-        float | None,
-        typer.Option(
-            "--time-limit",
-            metavar="S",
-            min=1,
-            max=604_800,
-            help="Seconds it may take, the queue left out; then it ends.",
-        ),
-    ] = None,
-    undefine_source: Annotated[
-        bool,
-        typer.Option("--undefine-source", help="A persistent domain of libvirt: forget it here once it runs there."),
-    ] = False,
-    copy_storage: Annotated[
-        CopyChoice,
-        typer.Option(
-            "--copy-storage",
-            help="A domain of libvirt: copy its disks too, all of each, or inc: the layer above a backing file that the other "
-            "host has. The other host makes the files, and writes over none.",
-        ),
-    ] = CopyChoice.NONE,
-    no_reduce: Annotated[
-        bool,
-        typer.Option("--no-reduce", help="Send every byte as it is, also over a line that is slower than this host."),
-    ] = False,
-    protection: Annotated[
-        str,
-        typer.Option(
-            "--protection",
-            metavar="NAME",
-            help=f"One of {', '.join(PROTECTIONS)}; all but sealed leave a part of the VM readable on the network.",
-        ),
-    ] = SEALED,
-    i_know_this_is_weak: Annotated[
-        bool, typer.Option("--i-know-this-is-weak", help="Needed with every --protection but sealed.")
-    ] = False,
-    detach: Annotated[
-        bool, typer.Option("--detach", help="Return when the agent has begun; see `sealane status`.")
-    ] = False,
+    multifd: options.Multifd = None,
+    no_multifd: options.NoMultifd = False,
+    max_bandwidth: options.MaxBandwidth = None,
+    downtime_limit: options.DowntimeLimit = None,
+    switchover_hook: options.SwitchoverHook = None,
+    on_stall: options.OnStall = StallPolicy.GIVE_UP,
+    give_up_after: options.GiveUpAfter = GIVE_UP_AFTER_S,
+    max_throttle: options.MaxThrottle = None,
+    priority: options.Priority = None,
+    time_limit: options.TimeLimit = None,
+    undefine_source: options.UndefineSource = False,
+    copy_storage: options.CopyStorage = CopyChoice.NONE,
+    no_reduce: options.NoReduce = False,
+    protection: options.ProtectionName = SEALED,
+    i_know_this_is_weak: options.KnowsWeak = False,
+    detach: options.Detach = False,
     out: Output,
 ) -> None:
     """Move a running VM to another host.
