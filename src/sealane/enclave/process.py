@@ -9,24 +9,21 @@ alone until every lane is closed.
 """
 
 import contextlib
-import hashlib
-import json
 import os
 import queue
 import resource
 import selectors
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
 from sealane.attest.asking import EvidenceAsked, PolicyWanted
-from sealane.attest.peer import PeerRejected, summarise
-from sealane.attest.verdict import Verdict
 from sealane.crypto.aead import CIPHER_NAME
 from sealane.crypto.identity import load_identity_pem
 from sealane.enclave import lane as lanes
+from sealane.enclave import telling
 from sealane.enclave.interface import (
     Abort,
     AcceptLane,
@@ -47,9 +44,7 @@ from sealane.enclave.interface import (
     Ocall,
     OpenLanes,
     Outlive,
-    PeerEstablished,
     PeerFinished,
-    PeerSeen,
     Sandboxed,
     SendMessage,
     TellClasses,
@@ -57,6 +52,7 @@ from sealane.enclave.interface import (
     VmWanted,
     WatchGuest,
 )
+from sealane.enclave.lane_set import LaneSet
 from sealane.enclave.marked import Guard
 from sealane.enclave.monitor import Classified
 from sealane.enclave.quoting import QuotingLine, make_judge_maker
@@ -64,9 +60,9 @@ from sealane.enclave.sandbox import Sandbox, outlive_parent
 from sealane.enclave.vtpm import VtpmStates
 from sealane.enclave.watching import GuestWatch, answer_of
 from sealane.errors import HostError, InternalError, PeerError, SealaneError, make_error
-from sealane.limits import LANES_MAX, TRUSTED_MAX
+from sealane.limits import TRUSTED_MAX
 from sealane.seal.keys import lane_token
-from sealane.session.attestation import Subject
+from sealane.session.attestation import Attested, Subject
 from sealane.session.channel import (
     Attestor,
     Channel,
@@ -111,15 +107,9 @@ class Enclave:
         self._trusted: dict[str, str] = {}
         self._migration = ""
         self._is_source = False
-        self._listener: socket.socket | None = None
-        self._dialled = self._to_dial = 0
-        self._lanes: dict[int, lanes.Lane] = {}
-        self._reduction: lanes.Reduction | None = None
+        self._lanes = LaneSet(self._make_lane)
         self._vtpm: VtpmStates | None = None
         self._subject = Subject("", 0)
-        self._expected = 0
-        self._opened: set[int] = set()
-        self._closed: set[int] = set()
         self._outlives = self._is_alone = False
         self._unquoted: HostError | None = None  # counts where the agent lives on without its quoting process
         self._unquoted_until = 0.0
@@ -177,7 +167,7 @@ class Enclave:
         self._attest_again(now)
         if self._lanes and not self._is_alone and now - self._counted_at >= COUNTERS_EVERY_S:
             self._counted_at = now
-            self._tell(Counters(*self._count()))
+            self._tell(Counters(*self._lanes.count()))
 
     # ---- the agent
 
@@ -220,14 +210,8 @@ class Enclave:
                 self._begin(call, *sockets)
             case SendMessage():
                 self._need_channel().send_message(call.payload.encode())
-            case OpenLanes():
-                self._open_lanes(call, *sockets)
-            case ExpectLanes():
-                self._expect_lanes(call.count)
-            case AcceptLane():
-                self._add_lane(call.lane, sockets[0]).start()
-            case AttachVm():
-                self._attach(call.lane, sockets[0])
+            case OpenLanes() | ExpectLanes() | AcceptLane() | AttachVm():
+                self._serve_lanes(call, sockets)
             case AttachVtpm():
                 self._attach_vtpm(sockets[0])
             case Abort():
@@ -235,8 +219,21 @@ class Enclave:
             case WatchGuest() | ClassifyPages() | TellClasses():
                 if (answer := self._guest.serve(call, self._calls.take_files())) is not None:
                     self._tell(answer)
-            case Finish() | Outlive():
-                self._finish() if isinstance(call, Finish) else self._outlive()
+            case Outlive():
+                self._outlive()
+            case Finish():
+                self._finish()
+
+    def _serve_lanes(self, call: OpenLanes | ExpectLanes | AcceptLane | AttachVm, sockets: list[socket.socket]) -> None:
+        match call:
+            case OpenLanes():
+                self._open_lanes(call, *sockets)
+            case ExpectLanes():
+                self._expect_lanes(call.count)
+            case AcceptLane():
+                self._lanes.add(call.lane, sockets[0]).start()
+            case AttachVm():
+                self._lanes.attach(call.lane, sockets[0])
 
     def _trust(self, peers: dict[str, str]) -> None:
         if self._connection is not None or len(self._trusted) + len(peers) > TRUSTED_MAX:
@@ -278,13 +275,13 @@ class Enclave:
         self._selector.register(self._need_connection(), selectors.EVENT_READ, self._on_channel)
 
     def _outlive(self) -> None:
-        if self._is_source or not len(self._opened) == self._expected > 0:
+        if self._is_source or not self._lanes.are_open:
             raise InternalError("internal.error", "Outlive before the lanes are open, or at a source")
         outlive_parent()
         self._outlives = True
 
     def _end_alone_if_done(self) -> None:
-        if self._is_alone and len(self._closed) == self._expected:
+        if self._is_alone and self._lanes.are_closed:
             self._finish()
 
     def _finish(self) -> None:
@@ -343,7 +340,7 @@ class Enclave:
                     self._tell_established(event)
                 case Reattested():
                     self._attested_at = self._clock()
-                    self._tell_seen(event.attested.verdict, event.attested.evidence, accepted=True)
+                    self._tell_seen(event.attested)
                 case MessageReceived():
                     self._tell_message(event.payload)
                 case PeerRefused():
@@ -367,36 +364,22 @@ class Enclave:
         self._on_events(self._need_channel().evidence_made(pieces))
 
     def _tell_established(self, event: Established) -> None:
-        attested = event.attested
-        verdict = json.dumps(summarise(attested.verdict, attested.evidence))
-        who = (event.peer_name, event.peer_fingerprint, event.tls_version, event.group, event.cipher)
-        subject = self._subject = attested.subject
-        protection = self._need_channel().protection
-        vouched_by = event.vouched.authority[:64] if event.vouched else ""
-        self._tell(PeerEstablished(*who, subject.vm, subject.epoch, verdict, protection, vouched_by))
+        self._subject = event.attested.subject
+        self._tell(telling.established(event, self._need_channel().protection))
 
-    def _tell_seen(self, verdict: Verdict | None, evidence: Mapping[str, str], *, accepted: bool) -> None:
-        met = None if self._channel is None else self._channel.met
-        if met is None:
-            return
-        subject = met.known.subject
-        what = ("", 0) if subject is None else (subject.vm, subject.epoch)
-        words = "" if verdict is None else json.dumps(summarise(verdict, evidence))
-        who = (met.peer_name, met.peer_fingerprint, met.tls_version, met.group, met.cipher)
-        vouched_by = met.vouched.authority[:64] if met.vouched else ""
-        self._tell(PeerSeen(*who, *what, words, self._need_channel().protection, vouched_by, accepted))
+    def _tell_seen(self, attested: Attested) -> None:
+        if (met := self._need_channel().met) is not None:
+            protection = self._need_channel().protection
+            self._tell(telling.seen(met, protection, attested.verdict, attested.evidence, accepted=True))
 
     def _tell_refused(self, error: SealaneError) -> None:
-        """Before the last word: whom it is about, and the verdict that refused it, or the one there was."""
-        known = None if self._channel is None or self._channel.met is None else self._channel.met.known
-        if isinstance(error, PeerRejected):
-            self._tell_seen(error.verdict, error.evidence, accepted=False)
-        elif known is not None:
-            self._tell_seen(known.verdict, known.evidence, accepted=False)
+        """Before the last word, where the peer was met: whom it is about, and what was thought of it."""
+        if self._channel is not None and (met := self._channel.met) is not None:
+            self._tell(telling.refused(met, self._channel.protection, error))
 
     def _attest_again(self, now: float) -> None:
         """During the copy, source only: every so often the peer has to show that it is still what it was."""
-        due = self._is_source and len(self._opened) == self._expected > 0 and not self._closed
+        due = self._is_source and self._lanes.are_open and self._lanes.none_is_closed
         if due and now - self._attested_at >= self._reattest_every_s:
             self._attested_at = now
             self._on_events(self._need_channel().attest_again())
@@ -434,56 +417,35 @@ class Enclave:
     # ---- the lanes
 
     def _expect_lanes(self, count: int) -> None:
-        if not 0 < count <= LANES_MAX:
-            raise InternalError("internal.error", f"{count} lanes")
-        self._expected = count
+        self._lanes.expect(count)
         secret = self._need_channel().migration_secret()
         self._tell(LaneTokens({lane_token(secret, lane).hex(): str(lane) for lane in range(count)}))
 
     def _open_lanes(self, call: OpenLanes, listener: socket.socket, *connections: socket.socket) -> None:
-        self._listener = listener
-        listener.setblocking(False)
-        self._selector.register(listener, selectors.EVENT_READ, self._on_vm_dialled)
-        self._expected = len(connections)
-        self._to_dial = len(connections) - call.attached
+        self._lanes.listen(listener, len(connections) - call.attached)
+        self._selector.register(listener, selectors.EVENT_READ, lambda: self._on_vm_dialled(listener))
         secret = self._need_channel().migration_secret()
-        if call.reduce:
-            self._reduction = lanes.Reduction(len(connections), secret)
+        self._lanes.expect(len(connections), lanes.Reduction(len(connections), secret) if call.reduce else None)
         for index, connection in enumerate(connections):
             preface = encode_preface(Preface(ConnectionKind.LANE, lane_token(secret, index), index))
-            self._add_lane(index, connection).start(preface)
+            self._lanes.add(index, connection).start(preface)
 
-    def _add_lane(self, index: int, connection: socket.socket) -> lanes.Lane:
-        if index in self._lanes or not 0 <= index < min(self._expected, LANES_MAX):
-            connection.close()
-            raise PeerError("peer.preface", f"lane {index} is not expected")
-        lane = lanes.Lane(
+    def _make_lane(self, index: int, connection: socket.socket, reduction: lanes.Reduction | None) -> lanes.Lane:
+        channel = self._need_channel()
+        return lanes.Lane(
             connection,
             index=index,
             is_source=self._is_source,
-            migration_secret=self._need_channel().migration_secret(),
+            migration_secret=channel.migration_secret(),
             post=self._post,
-            reduction=self._reduction,
-            guard=Guard(self._need_channel().protection, self._guest.is_user),
+            reduction=reduction,
+            guard=Guard(channel.protection, self._guest.is_user),
         )
-        self._lanes[index] = lane
-        return lane
 
-    def _attach(self, lane: int, connection: socket.socket) -> None:
-        if self._is_source and lane < self._to_dial:
-            connection.close()
-            raise InternalError("internal.error", f"lane {lane} is for whom the listener hears")
-        self._lanes[lane].attach(connection)
-
-    def _on_vm_dialled(self) -> None:
-        assert self._listener is not None  # noqa: S101 - registered with the selector
-        connection, _ = self._listener.accept()
-        self._lanes[self._dialled].attach(connection)
-        self._dialled += 1
-        if self._dialled == self._to_dial:
-            self._selector.unregister(self._listener)
-            self._listener.close()
-            self._listener = None
+    def _on_vm_dialled(self, listener: socket.socket) -> None:
+        if not self._lanes.accept():
+            self._stop_hearing(listener)
+            self._lanes.stop_listening()
 
     def _post(self, event: lanes.Event | Classified) -> None:
         """Called by the threads of the lanes and of the monitor."""
@@ -509,12 +471,10 @@ class Enclave:
                 case lanes.Wanted():
                     self._tell(VmWanted(event.lane))
                 case lanes.Opened():
-                    self._opened.add(event.lane)
-                    if len(self._opened) == self._expected:
+                    if self._lanes.note_opened(event.lane):
                         self._tell(LanesOpen())
                 case lanes.Closed():
-                    self._closed.add(event.lane)
-                    if len(self._closed) == self._expected:
+                    if self._lanes.note_closed(event.lane):
                         self._need_channel().attest_no_more()
                         self._tell(self._summary())
                         self._end_alone_if_done()
@@ -522,25 +482,10 @@ class Enclave:
     def _summary(self) -> LanesClosed:
         used = resource.getrusage(resource.RUSAGE_SELF)
         return LanesClosed(
-            self._digest(),
-            *self._count(),
+            self._lanes.digest,
+            *self._lanes.count(),
             cpu_s=used.ru_utime + used.ru_stime,
             peak_rss_bytes=_peak_rss_bytes(self._status),
-        )
-
-    def _digest(self) -> str:
-        return hashlib.sha256(b"".join(self._lanes[index].digests for index in sorted(self._lanes))).hexdigest()
-
-    def _count(self) -> tuple[int, int, int, int, int]:
-        """Counters' fields, in their order."""
-        every = self._lanes.values()
-        saved = [lane.saved for lane in every]
-        return (
-            sum(lane.wire_bytes for lane in every),
-            sum(lane.plaintext_bytes for lane in every),
-            sum(one.zero for one in saved),
-            sum(one.same for one in saved),
-            sum(one.compressed for one in saved),
         )
 
     def _attach_vtpm(self, connection: socket.socket) -> None:
@@ -571,22 +516,16 @@ class Enclave:
             with contextlib.suppress(SealaneError):
                 self._channel.refuse(error)
                 self._flush(wait=True)
-        self._close_lanes()
+        self._lanes.end(GRACE_S)
         if tell_agent:
             with contextlib.suppress(SealaneError):
                 self._tell_refused(error)
             self._tell(Failed(error.code, error.detail, by_peer))
         raise EnclaveOver
 
-    def _close_lanes(self) -> None:
-        for lane in self._lanes.values():
-            lane.abort()
-        for lane in self._lanes.values():
-            lane.join(GRACE_S)
-
     def _close_all(self) -> None:
-        self._close_lanes()
-        for end in (self._listener, self._connection, self._quoting, self._vtpm):
+        self._lanes.end(GRACE_S)
+        for end in (self._connection, self._quoting, self._vtpm):
             if end is not None:
                 end.close()
         self._guest.close()
