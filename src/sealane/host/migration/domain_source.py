@@ -17,11 +17,13 @@ from typing import Any, Final, cast
 from sealane.enclave.interface import SendMessage
 from sealane.errors import ControlError, HostError, SealaneError, make_error
 from sealane.host.migration import messages
+from sealane.host.migration.clockwork import Clockwork
 from sealane.host.migration.dialling import dial_vm
 from sealane.host.migration.domain_disks import DiskListener, disk_figures, wish_of
 from sealane.host.migration.domain_lines import SourceLines
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
-from sealane.host.migration.source import PROGRESS_EVERY_S, SourceMigration, _Clockwork
+from sealane.host.migration.hook import ask_hook
+from sealane.host.migration.source import PROGRESS_EVERY_S, SourceMigration
 from sealane.host.migration.stall import StallLimit
 from sealane.host.models import Progress, RunsAt
 from sealane.host.registry import is_absent
@@ -63,7 +65,7 @@ class DomainSource(SourceMigration):
 
     async def run(self) -> None:
         """Carry the migration out; ends in completed, aborted or in-doubt whatever happens."""
-        self._times = _Clockwork(time.monotonic())
+        self._times = Clockwork()
         address = parse_address(self._vm.qmp)
         try:
             with MigrationDirectory(self.id, for_qemu=False) as directory:
@@ -105,7 +107,7 @@ class DomainSource(SourceMigration):
         await self._follow(machine, self._lines)
         self._step(Input.VM_STOPPED, detail="the domain is paused at both ends")
         if self._request.switchover_hook:
-            await self._watch(self._ask_hook(self._request.switchover_hook))
+            await self._watch(ask_hook(self._request.switchover_hook))
         self._lines.end_lane()
         loaded = await self._wait_loaded(enclave, cast(QmpMachine, machine))
         self._lines.gate.is_released = True

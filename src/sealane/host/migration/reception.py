@@ -13,10 +13,11 @@ from typing import Final, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from sealane.enclave.interface import AcceptLane, Begin, LaneTokens, PeerEstablished, PeerSeen, SendMessage
+from sealane.enclave.interface import AcceptLane, LaneTokens, PeerEstablished, PeerSeen, SendMessage
 from sealane.errors import ControlError, InternalError, PeerError, SealaneError, for_peer, make_error
 from sealane.host.job import Job
 from sealane.host.migration import messages
+from sealane.host.migration.beginning import Beginning
 from sealane.host.migration.context import MigrationContext
 from sealane.host.migration.destination import DestinationMigration, channel_facts
 from sealane.host.migration.domain_destination import DomainDestination
@@ -157,31 +158,21 @@ class Reception:
             refuse(error, vm=vm, role="destination", peer=seen.peer_name, id=id, **channel_facts(seen))
 
     async def _handshake(self, enclave: EnclaveProcess, connection: socket.socket) -> PeerEstablished:
-        identity = self._context.identity
         try:
             trusted = await enclave.tell_trusted({peer.fingerprint: peer.name for peer in self._context.peers.list()})
             vms = self._context.registry.definitions().values()
-            quoting = self._context.quoting.connect(enclave.pid, incoming_binaries(vm.launch_incoming for vm, _ in vms))
+            binaries = incoming_binaries(vm.launch_incoming for vm, _ in vms)
         except BaseException:
             connection.close()
             raise
-        enclave.call(
-            Begin(
-                role="destination",
-                migration=self._id,
-                key_pem=identity.key_pem.decode(),
-                certificate_pem=identity.certificate_pem.decode(),
-                trusted=trusted,
-                protection=" ".join(sorted(self._context.settings.allowed_protections)),
-                now=utc_now().isoformat(),
-                vm="",
-                epoch=0,
-                reattest_every_s=self._context.settings.attestation.again_every_s,
-                **self._context.membership.introduction(),
-            ),
-            connection,
-            quoting,
+        beginning = Beginning(
+            role="destination",
+            migration=self._id,
+            trusted=trusted,
+            protection=" ".join(sorted(self._context.settings.allowed_protections)),
+            now=utc_now().isoformat(),
         )
+        beginning.begin(self._context, enclave, connection, binaries)
         return await enclave.wait(enclave.established, HANDSHAKE_TIMEOUT_S, "peer.slow", "handshake")
 
     def _begin_job(self, enclave: EnclaveProcess, met: PeerEstablished, prepare: messages.Prepare) -> Job:

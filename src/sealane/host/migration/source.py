@@ -11,16 +11,13 @@ that its copy is destroyed brings the VM back. By postcopy it is `postcopy_sourc
 
 import asyncio
 import contextlib
-import os
-import signal
 import socket
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from sealane.enclave.interface import AttachVtpm, Begin, OpenLanes, SendMessage
+from sealane.enclave.interface import AttachVtpm, OpenLanes, SendMessage
 from sealane.errors import (
     ControlError,
     InDoubtError,
@@ -32,8 +29,10 @@ from sealane.errors import (
     printable,
 )
 from sealane.host.job import Job
-from sealane.host.migration import messages, settings
+from sealane.host.migration import messages, progress, settings
+from sealane.host.migration.beginning import Beginning
 from sealane.host.migration.checks import check_postcopy, check_source
+from sealane.host.migration.clockwork import Clockwork, moment_of
 from sealane.host.migration.context import MigrationContext
 from sealane.host.migration.convergence import Convergence, Outlook, words_of
 from sealane.host.migration.dialling import (
@@ -46,26 +45,26 @@ from sealane.host.migration.dialling import (
 )
 from sealane.host.migration.enclave_process import EnclaveProcess, uninterrupted
 from sealane.host.migration.gate import StandingGate, facts_of, pass_gate
+from sealane.host.migration.hook import ask_hook
 from sealane.host.migration.monitoring import GuestMonitoring
 from sealane.host.migration.postcopy_source import Departure
 from sealane.host.migration.receipt_exchange import give_copy, take_copy
 from sealane.host.migration.stall import StallLimit
+from sealane.host.migration.taking_back import take_back
 from sealane.host.migration.vtpm_steps import vtpm_left, vtpm_stays
-from sealane.host.models import Migration, MigrationRequest, NotSent, Peer, Progress, Result, RunsAt, VmDefinition
+from sealane.host.models import Migration, MigrationRequest, NotSent, Peer, RunsAt, VmDefinition
 from sealane.host.problems import problem_of
 from sealane.host.registry import is_absent
-from sealane.hypervisor.driver import MigrationParameters, MigrationStatus, QmpEvent, VmDescription
+from sealane.hypervisor.driver import MigrationParameters, MigrationStatus, VmDescription
 from sealane.hypervisor.qmp import QmpMachine
 from sealane.hypervisor.qmp_connection import EventStream
 from sealane.limits import (
     CHANNEL_ANSWER_TIMEOUT_S,
     DEFAULT_PORT,
     HANDSHAKE_TIMEOUT_S,
-    HOOK_TIMEOUT_S,
     LANE_OPEN_TIMEOUT_S,
     LAUNCH_TIMEOUT_S,
     LOADED_TIMEOUT_S,
-    TAKE_BACK_TRIES,
 )
 from sealane.session.handover import IN_POSTCOPY, Handover, Input, Role, State
 
@@ -75,18 +74,6 @@ PROGRESS_EVERY_S: Final = 0.25
 _REASON_WAIT_S: Final = 2.5
 # What the journal says of a VM that was given up and is let run here again.
 TAKING_BACK: Final = "taking the VM back"
-_STOPPED_STATES: Final = frozenset({"postmigrate", "finish-migrate", "paused"})
-
-
-@dataclass
-class _Clockwork:
-    """Moments on the monotonic clock, in seconds."""
-
-    requested: float
-    copy_started: float | None = None
-    vm_stopped: float | None = None
-    receipt: float | None = None
-    arrived: float | None = None
 
 
 class SourceMigration(Job):
@@ -103,7 +90,7 @@ class SourceMigration(Job):
         super().__init__(context.store, migration)
         self._context, self._request, self._vm, self._peer = context, request, vm, peer
         self._handover = Handover(Role.SOURCE)
-        self._times = _Clockwork(time.monotonic())
+        self._times = Clockwork()
         self._enclave: EnclaveProcess | None = None
         self._gate: StandingGate | None = None
         self._qemu: QmpMachine | None = None
@@ -118,7 +105,7 @@ class SourceMigration(Job):
 
     async def run(self) -> None:
         """Carry the migration out; ends in completed, aborted or in-doubt whatever happens."""
-        self._times = _Clockwork(time.monotonic())  # its time in the queue is told apart from what it takes
+        self._times = Clockwork()  # its time in the queue is told apart from what it takes
         try:
             with SocketDirectory(self._context.paths.run, self.id) as directory:
                 timeout_s = self._context.settings.limits.qmp_timeout_s
@@ -216,29 +203,17 @@ class SourceMigration(Job):
         # first: the peer waits but seconds for a preface
         self._enclave = enclave = await self._context.launcher.start_enclave()
         connection = await self._dial(is_channel=True)
-        try:
-            quoting = self._context.quoting.connect(enclave.pid, [f"/proc/{qemu.pid}/exe"] if qemu.pid else [])
-        except BaseException:
-            connection.close()
-            raise
-        identity, is_trusted = self._context.identity, self._context.peers.is_trusted(self._peer)
-        enclave.call(
-            Begin(
-                role="source",
-                migration=self.id,
-                key_pem=identity.key_pem.decode(),
-                certificate_pem=identity.certificate_pem.decode(),
-                trusted={self._peer.fingerprint: self._peer.name} if is_trusted else {},
-                protection=self.migration.protection,
-                now=self.clock().isoformat(),
-                vm=self._vm.name,
-                epoch=self.store.epoch(self._vm.name),
-                reattest_every_s=self._context.settings.attestation.again_every_s,
-                **self._context.membership.introduction(self._peer.name),
-            ),
-            connection,
-            quoting,
+        beginning = Beginning(
+            role="source",
+            migration=self.id,
+            trusted={self._peer.fingerprint: self._peer.name} if self._context.peers.is_trusted(self._peer) else {},
+            protection=self.migration.protection,
+            now=self.clock().isoformat(),
+            vm=self._vm.name,
+            epoch=self.store.epoch(self._vm.name),
+            peer=self._peer.name,
         )
+        beginning.begin(self._context, enclave, connection, [f"/proc/{qemu.pid}/exe"] if qemu.pid else [])
         self._gate = StandingGate(self, self._context, enclave, self._vm, "send")
         met = await self._watch(enclave.wait(enclave.established, HANDSHAKE_TIMEOUT_S, "peer.slow", "handshake"))
         self.update(detail=f"{met.peer_name} is who it should be", **facts_of(met))
@@ -340,20 +315,12 @@ class SourceMigration(Job):
     def _tell_outlook(self, status: MigrationStatus, outlook: Outlook) -> None:
         self._say_whether_it_converges(status, outlook)
         self.update(
-            progress=Progress(
-                bytes_total=status.ram_total,
-                bytes_remaining=status.ram_remaining,
-                bytes_transferred=status.ram_transferred,
+            progress=progress.of_copy(
+                status,
+                outlook,
                 bytes_wire=self._wire_bytes(),
                 not_sent=self._enclave.not_sent if self._enclave is not None else NotSent(),
-                rate_bytes_per_s=status.rate_bytes_per_s,
-                rate_limit_bytes_per_s=self._rate,
-                dirty_rate_bytes_per_s=status.dirty_rate_bytes_per_s,
-                iteration=status.iteration,
-                eta_s=outlook.eta_s,
-                converges=outlook.converges,
-                stalled_s=outlook.stalled_s,
-                throttle_percent=status.throttle_percent,
+                rate_limit=self._rate,
                 **self._disk_figures,
             )
         )
@@ -369,42 +336,18 @@ class SourceMigration(Job):
             self.update(detail="the VM's memory goes over")
 
     async def _switch_over(self, qemu: QmpMachine) -> None:
-        self._times.vm_stopped = self._moment_of("STOP")
+        self._times.vm_stopped = moment_of("STOP", self._events.taken() if self._events is not None else [])
         if not self._by_postcopy:
             state = self._handover.step(Input.VM_STOPPED)
             self.update(state=state.value, detail="the VM is paused, the rest goes over")
         if self._request.switchover_hook:
-            await self._watch(self._ask_hook(self._request.switchover_hook))
+            await self._watch(ask_hook(self._request.switchover_hook))
         await self._monitoring.switch_over()
 
     async def _send_rest(self, qemu: QmpMachine) -> None:
         await self._watch(qemu.migrate_continue())
         self.journal()  # while QEMU sends: up to `released`, copying and switching-over recover alike
         await self._watch(qemu.wait_migration({"completed"}, LOADED_TIMEOUT_S))
-
-    async def _ask_hook(self, command: list[str]) -> None:
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise make_error("migration.hook-failed", f"{command[0]}: {error.strerror}") from error
-        try:
-            async with asyncio.timeout(HOOK_TIMEOUT_S):
-                output, _ = await process.communicate()
-        except TimeoutError:
-            raise make_error("migration.hook-failed", f"no answer within {HOOK_TIMEOUT_S:.0f} s") from None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with whatever it left behind
-            await process.wait()
-        if process.returncode:
-            words = output.decode("utf-8", "replace").strip().splitlines()
-            raise make_error("migration.hook-failed", words[-1] if words else f"exit status {process.returncode}")
 
     async def _wait_loaded(self, enclave: EnclaveProcess, qemu: QmpMachine) -> messages.Loaded:
         closed = await self._watch(
@@ -444,7 +387,7 @@ class SourceMigration(Job):
             "state": "completed",
             "runs_at": "destination",
             "detail": "",
-            "result": self._result(receipt),
+            "result": self._times.result(receipt, self._enclave, self._wire_bytes()),
             **facts,
         }
         try:
@@ -500,21 +443,8 @@ class SourceMigration(Job):
     async def _tell_postcopy(self, qemu: QmpMachine) -> None:
         await self._keep_to_share(qemu)
         status = await qemu.migration_status()
-        before = self._migration.progress
-        self.update(
-            progress=before.model_copy(
-                update={
-                    "bytes_remaining": status.ram_remaining,
-                    "bytes_transferred": status.ram_transferred,
-                    "bytes_wire": self._wire_bytes(),
-                    "rate_bytes_per_s": status.rate_bytes_per_s,
-                    "rate_limit_bytes_per_s": self._rate,
-                    "postcopy_requests": status.postcopy_requests,
-                    "eta_s": None,
-                    "converges": None,
-                }
-            )
-        )
+        before, wire = self._migration.progress, self._wire_bytes()
+        self.update(progress=progress.of_postcopy(before, status, bytes_wire=wire, rate_limit=self._rate))
 
     def _send_ticket(self, enclave: EnclaveProcess, ticket: messages.Ticket) -> None:
         """Give the ticket to the enclave. Where that fails it is nobody's: a packet's socket takes all of it or nothing."""
@@ -523,23 +453,6 @@ class SourceMigration(Job):
         except SealaneError:
             self._handover.step(Input.NOT_SENT)
             raise
-
-    def _result(self, receipt: messages.Receipt | None) -> Result:
-        """By postcopy the copy goes on after the receipt, and a receipt that a cut swallowed leaves the downtime unknown."""
-        times = self._times
-        downtime = None
-        if times.vm_stopped is not None and times.receipt is not None and receipt is not None:
-            downtime = max(0.0, (times.receipt - times.vm_stopped) * 1e3 - receipt.since_resume_ms)
-        over = times.arrived or times.receipt or time.monotonic()
-        copied = None if times.copy_started is None else (over - times.copy_started) * 1e3
-        return Result(
-            total_ms=(over - times.requested) * 1e3,
-            copy_ms=copied,
-            downtime_ms=downtime,
-            bytes_wire=self._wire_bytes(),
-            not_sent=self._enclave.not_sent if self._enclave is not None else NotSent(),
-            **self._enclave.costs() if self._enclave is not None else {},
-        )
 
     # ---- when it does not go on
 
@@ -605,31 +518,7 @@ class SourceMigration(Job):
         """Let the VM run here again, if it did before: where it runs then, or None where QEMU does not say."""
         if self._qemu is None or not self._ran_before:
             return "source" if self._qemu is not None and not self._qemu.is_closed else "nowhere"
-        try:
-            return await self._resume_through(self._qemu)
-        except SealaneError as error:
-            self.log.warning("the VM could not be taken back yet", code=error.code, detail=error.detail)
-        await self._qemu.aclose()  # QMP serves one client
-        for _ in range(TAKE_BACK_TRIES - 1):
-            try:
-                async with QmpMachine.connect(self._vm.qmp, self._context.settings.limits.qmp_timeout_s) as again:
-                    return await self._resume_through(again)
-            except SealaneError as error:
-                if is_absent(error):
-                    return "nowhere"
-                self.log.warning("the VM could not be taken back yet", code=error.code, detail=error.detail)
-        return None
-
-    async def _resume_through(self, qemu: QmpMachine) -> RunsAt:
-        try:
-            await qemu.cancel_migration()
-        except SealaneError as error:  # a QEMU that hangs in its clean-up may run its guest all the same
-            self.log.warning("QEMU did not confirm the end of its migration", code=error.code, detail=error.detail)
-        if await qemu.run_state() in _STOPPED_STATES:
-            await qemu.resume()
-        runs_at: RunsAt = "source" if await qemu.run_state() == "running" else "nowhere"
-        await settings.restore_after(self, qemu)
-        return runs_at
+        return await take_back(self, self._qemu, self._vm.qmp, self._context.settings.limits.qmp_timeout_s)
 
     # ---- small things
 
@@ -647,10 +536,3 @@ class SourceMigration(Job):
     def _wire_bytes(self) -> int:
         """Over all lanes, those that a cut ended included."""
         return self._wire_bytes_before + (self._enclave.counters.wire_bytes if self._enclave is not None else 0)
-
-    def _moment_of(self, name: str) -> float:
-        """When QEMU said that this event happened, on our monotonic clock; now, where it did not say."""
-        arrived = self._events.taken() if self._events is not None else []
-        stamps = [event.timestamp_s for event in arrived if isinstance(event, QmpEvent) and event.name == name]
-        now = time.monotonic()
-        return now - max(0.0, time.time() - stamps[-1]) if stamps else now
