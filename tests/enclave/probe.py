@@ -78,7 +78,7 @@ def without(removed: set[str]) -> None:
         landlock.restrict = lambda: 0
     if "privileges" in removed:
         kept = sandbox._prctl
-        sandbox._prctl = lambda option, value: None if option == 38 else kept(option, value)
+        sandbox._prctl = lambda option, value: 0 if option == 38 else kept(option, value)
     if "capabilities" in removed:
         sandbox._drop_capabilities = lambda: None
     if "limits" in removed:

@@ -90,8 +90,7 @@ def die_with_parent(parent: int) -> None:
 
 def outlive_parent() -> None:
     """Undo `die_with_parent`, in the thread that did it; raises OSError."""
-    library = ctypes.CDLL(None, use_errno=True)
-    if library.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(0), 0, 0, 0):
+    if _prctl(_PR_SET_PDEATHSIG, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
@@ -118,8 +117,8 @@ class Sandbox:
         status = _status()
         measures["user"] = _wrong_user(status, self._uid)
         measures["capabilities"] = "it has some" if int(status["CapEff"], 16) or int(status["CapPrm"], 16) else ""
-        measures["privileges"] = "" if _prctl_value(_PR_GET_NO_NEW_PRIVS) == 1 else "they can be gained"
-        measures["dumpable"] = "it is" if _prctl_value(_PR_GET_DUMPABLE) else ""
+        measures["privileges"] = "" if _prctl(_PR_GET_NO_NEW_PRIVS, 0) == 1 else "they can be gained"
+        measures["dumpable"] = "it is" if _prctl(_PR_GET_DUMPABLE, 0) else ""
         measures["descriptors"] = _others_open(keep)
         measures["limits"] = _limits_missing()
         try:
@@ -174,10 +173,6 @@ def _limits_missing() -> str:
     return f"{', '.join(missing)} not set" if missing else ""
 
 
-def _prctl_value(option: int) -> int:
-    return int(ctypes.CDLL(None, use_errno=True).prctl(option, 0, 0, 0, 0))
-
-
-def _prctl(option: int, value: Any) -> None:
-    """What no kernel refuses; should one do, the measure is told as missing."""
-    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+def _prctl(option: int, value: Any) -> int:
+    """0, as no kernel refuses these; should one do, errno says why, and a measure that was to hold is told as missing."""
+    return int(ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0))
