@@ -245,13 +245,18 @@ def test_an_enclave_without_work_ends_with_its_agent(pair: Pair) -> None:
     assert pair.source.ends() == (0, "")
 
 
-def left_alone(pair: Pair) -> None:
-    """Bytes went over, and the destination's enclave has lost an agent that it was told to outlive."""
+def told_to_outlive(pair: Pair) -> None:
+    """Bytes are on their way, and the destination's enclave is to go on without its agent, should it lose it."""
     pair.meet()
     pair.open_lanes(1)
     pair.vms[0][0].sendall(b"stream")
     pair.attach(lanes=1)
     pair.destination.call(Outlive())
+
+
+def left_alone(pair: Pair) -> None:
+    """The destination's enclave has lost the agent that it was told to outlive."""
+    told_to_outlive(pair)
     pair.destination.calls.close()
 
 
@@ -273,11 +278,7 @@ def test_a_destinations_enclave_outlives_its_agent_until_the_lanes_are_closed(pa
 
 
 def test_an_enclave_that_loses_its_agent_after_the_lanes_says_goodbye_at_once(pair: Pair) -> None:
-    pair.meet()
-    pair.open_lanes(1)
-    pair.vms[0][0].sendall(b"stream")
-    pair.attach(lanes=1)
-    pair.destination.call(Outlive())
+    told_to_outlive(pair)
     for vm in pair.vms[0]:
         vm.shutdown(socket.SHUT_WR)
     pair.destination.until(LanesClosed)

@@ -117,6 +117,29 @@ async def test_a_migration_from_request_to_end(client: httpx.AsyncClient, agent:
     problem(await client.post("/v1/migrations/1/cancel"), "migration.over", 409)
 
 
+async def test_a_migration_may_be_asked_for_as_soon_as_the_last_ones_end_is_told(
+    client: httpx.AsyncClient, agent: Agent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one's job still clears up then, and does so here until somebody waits for it."""
+    await prepare(client, tmp_path)
+    wish = {"vm": "web01", "host": "host-b"}
+    first = Migration.model_validate_json((await client.post("/v1/migrations", json=wish)).content)
+    job = cast(StandInJob, agent.jobs.job(first.id))
+    job.steps.put_nowait(lambda: job.end(state="aborted", runs_at="source"))
+    await asyncio.wait_for(job.ended.wait(), PATIENCE_S)
+    wait = agent.jobs.let_go
+
+    async def let_go(vm: str) -> None:
+        job.steps.put_nowait(None)
+        await wait(vm)
+
+    monkeypatch.setattr(agent.jobs, "let_go", let_go)
+    answer = await client.post("/v1/migrations", json=wish)
+    assert answer.status_code == 202, answer.text
+    assert agent.jobs.job(first.id) is None
+    assert Migration.model_validate_json(answer.content).id != first.id
+
+
 async def test_every_endpoint_has_one_shape_of_error(client: httpx.AsyncClient) -> None:
     schema: dict[str, Any] = (await client.get("/openapi.json")).json()
     assert schema["info"]["title"]

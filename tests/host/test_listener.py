@@ -193,7 +193,7 @@ async def test_a_whole_preface_byte_by_byte(port: Port) -> None:
     for byte in channel(7):
         await asyncio.get_running_loop().sock_sendall(client, bytes([byte]))
         await asyncio.sleep(0)
-    await port.reception(7)
+    assert (await port.reception(7)).connection is not None
 
 
 async def test_not_a_byte_beyond_the_preface_is_read(port: Port) -> None:
@@ -301,7 +301,7 @@ async def test_lanes_go_to_their_migration_each_once(port: Port) -> None:
     reception = await port.reception(1)
     assert await is_closed(await port.connect(lane(1)))  # no lanes awaited yet
     await port.connect(channel(2))
-    await port.reception(2)
+    assert (await port.reception(2)).connection is not None
     reception.awaited = {token(1, 0): 0, token(1, 1): 1}
     by_id = lane(1, shown=(1).to_bytes(16, "big"))  # the id, which a stranger reads in the channel's preface
     for guessed in (by_id, lane(1, shown=bytes(16)), lane(1, 1, shown=token(1, 0))):

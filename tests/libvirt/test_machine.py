@@ -96,4 +96,6 @@ async def test_a_domain_that_libvirtd_ended_in_between_is_forgotten_all_the_same
 
 
 async def test_no_domain_is_nothing_to_end() -> None:
-    await machine(StandIn(refusals=[libvirt_error(libvirt.VIR_ERR_NO_DOMAIN)])).destroy()
+    domain = StandIn(refusals=[libvirt_error(libvirt.VIR_ERR_NO_DOMAIN)])
+    await machine(domain).destroy()
+    assert not domain.undefined

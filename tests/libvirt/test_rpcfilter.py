@@ -60,12 +60,12 @@ def test_a_migration_goes_through() -> None:
 
 
 def test_features_may_be_asked_before_the_connection_is_opened() -> None:
-    say(auth_list(), feature(), connect_open(serial=3))
+    assert say(auth_list(), feature(), connect_open(serial=3)).phase is Phase.OPEN
 
 
 def test_a_session_is_opened_with_what_its_client_sends_along() -> None:
     agreed = Agreed("qemu:///session", DOMAIN, SOCKET)
-    say(auth_list(), connect_open("qemu:///session", flags=6), agreed=agreed)
+    assert say(auth_list(), connect_open("qemu:///session", flags=6), agreed=agreed).phase is Phase.OPEN
     for flags in (1, 8, 7):
         refuses(
             say(auth_list(), agreed=agreed), connect_open("qemu:///session", flags=flags), "a connection with flags"

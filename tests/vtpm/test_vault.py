@@ -10,7 +10,7 @@ import pytest
 
 from sealane.errors import SealaneError
 from sealane.vtpm.control import BlobType
-from sealane.vtpm.record import Record, digest_of
+from sealane.vtpm.record import Record, Records, digest_of
 from sealane.vtpm.swtpm import STATE_FILE, Swtpm, manufacture
 from sealane.vtpm.vault import Launched, Vault
 from tests.vtpm.conftest import MakeVault
@@ -116,8 +116,10 @@ def test_another_vms_files_are_refused(make_vault: MakeVault, plain: bytes) -> N
 @pytest.mark.parametrize("at", [0, 100, -1])
 def test_a_flipped_bit_is_refused(make_vault: MakeVault, plain: bytes, at: int) -> None:
     vault = make_vault()
-    path = adopted(vault, plain).path / STATE_FILE
-    content = bytearray(path.read_bytes())
+    record = adopted(vault, plain)
+    path = record.path / STATE_FILE
+    good = path.read_bytes()
+    content = bytearray(good)
     content[at] ^= 1
     path.write_bytes(content)
     with refused("vtpm.altered"):
@@ -125,14 +127,21 @@ def test_a_flipped_bit_is_refused(make_vault: MakeVault, plain: bytes, at: int) 
     path.unlink()
     with refused("vtpm.altered"):
         vault.open(0)
+    path.write_bytes(good)
+    assert vault.verify() == record  # nothing but the bit was wrong, and being refused changed nothing
 
 
 def test_state_in_clear_does_not_take_the_place_of_what_was_encrypted(make_vault: MakeVault, plain: bytes) -> None:
     vault = make_vault()
-    path = adopted(vault, plain).path / STATE_FILE
+    record = adopted(vault, plain)
+    path = record.path / STATE_FILE
+    good = path.read_bytes()
     path.write_bytes(plain)
     with refused("vtpm.altered"):
         vault.open(0)
+    assert path.read_bytes() == plain
+    path.write_bytes(good)
+    assert vault.verify() == record
 
 
 def test_files_that_nothing_authenticates_are_not_taken_for_those_of_a_launch_that_crashed(
@@ -181,10 +190,13 @@ def test_with_a_host_tpm_a_whole_disk_put_back_is_refused(
     vault = make_vault(tcti=host_tpm)
     adopted(vault, plain)
     snapshot(vault, tmp_path / "kept")
-    ended(vault.open(0))
+    present = ended(vault.open(0))
+    snapshot(vault, tmp_path / "present")
     put_back(vault, tmp_path / "kept")
     with refused("vtpm.old-record"):
         vault.open(0)
+    put_back(vault, tmp_path / "present")
+    assert vault.verify() == present
 
 
 def test_with_a_host_tpm_the_key_itself_does_not_come_back(make_vault: MakeVault, plain: bytes, host_tpm: str) -> None:
@@ -290,12 +302,24 @@ def test_state_in_clear_is_not_passed_over(make_vault: MakeVault, plain: bytes) 
     (vault._storage / STATE_FILE).write_bytes(plain)
     with refused("vtpm.adopt"):
         vault.create(0, adopt=False)
+    assert (vault._storage / STATE_FILE).read_bytes() == plain
+    taken = ended(vault.create(0, adopt=True))
+    assert taken.ek_sha256 == adopted(make_vault("web02"), plain).ek_sha256 != ""
+
+
+def is_free(records: Records, vm: str) -> bool:
+    try:
+        with records.locked(vm):
+            return True
+    except SealaneError as error:
+        if error.code != "vtpm.busy":
+            raise
+        return False
 
 
 def test_only_one_may_hold_it(make_vault: MakeVault) -> None:
     records = make_vault().records
     with records.locked("web01"):
-        with refused("vtpm.busy"), records.locked("web01"):
-            pass
-        with records.locked("web02"):
-            pass
+        assert not is_free(records, "web01")
+        assert is_free(records, "web02")
+    assert is_free(records, "web01")

@@ -28,11 +28,12 @@ class Watched:
     def __init__(self, give_up_after_s: float | None) -> None:
         self.now = 0.0
         self.convergence = Convergence(give_up_after_s, clock=lambda: self.now)
+        self.stalled_s: list[float] = []
 
     def looks(self, *looks: MigrationStatus, every_s: float = 10.0) -> None:
         for look in looks:
             self.now += every_s
-            self.convergence.judge(look)
+            self.stalled_s.append(self.convergence.judge(look).stalled_s)
 
 
 def test_a_copy_that_stands_still_is_given_up_with_the_figures() -> None:
@@ -50,11 +51,13 @@ def test_a_first_iteration_may_take_as_long_as_it_likes() -> None:
     watched = Watched(25.0)
     watched.looks(*(status(1, left) for left in range(1000, 0, -10)))
     watched.looks(status(2, 500))
+    assert watched.stalled_s == [0.0] * 101
 
 
 def test_a_long_iteration_is_no_stall() -> None:
     watched = Watched(25.0)
     watched.looks(status(1, 1000), status(2, 500), *(status(3, 480) for _ in range(20)))
+    assert watched.stalled_s[-1] == 200.0  # told, and not held against it
 
 
 def test_every_iteration_with_a_tenth_less_starts_the_time_anew() -> None:
@@ -76,6 +79,7 @@ def test_a_guest_that_is_slowed_down_more_gets_more_time() -> None:
 def test_who_waits_waits() -> None:
     watched = Watched(None)
     watched.looks(*(status(iteration, 500) for iteration in range(1, 100)))
+    assert watched.stalled_s[-1] == 970.0
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,24 @@ async def test_a_proven_peer_says_soon_what_it_wants(store: Store, monkeypatch: 
     assert limits == [PREPARE_TIMEOUT_S] == [10.0]
 
 
+async def test_a_vm_that_just_came_or_left_may_come_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last migration's job may clear up still: it is waited for before the next one's is made."""
+    done: list[str] = []
+    met = PeerEstablished("b", "SHA256:" + "a" * 64, "TLSv1.3", "group", "cipher", "web01", 4, VERDICT)
+
+    async def next_message(*_: object) -> messages.Prepare:
+        return a_prepare(4)
+
+    async def let_go(vm: str) -> None:
+        done.append(f"waited for {vm}")
+
+    reception = a_reception(store)
+    cast(Any, reception._context.jobs).let_go = let_go
+    monkeypatch.setattr(reception, "_begin_job", lambda *_: done.append("began"))
+    await reception._asked(cast(Any, SimpleNamespace(next_message=next_message)), met)
+    assert done == ["waited for web01", "began"]
+
+
 def test_a_lane_is_let_in_by_its_token_once(store: Store) -> None:
     """Neither the migration's id, nor the token of another lane, nor one that was used opens anything."""
     let_in: list[int] = []

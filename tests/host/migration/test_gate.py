@@ -43,7 +43,9 @@ class World:
 
 
 async def test_nothing_was_seen_and_nothing_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
-    await World(monkeypatch).gate.settled()
+    world = World(monkeypatch)
+    await world.gate.settled()
+    assert (world.levels, world.failed, world.updates) == ([], [], [])
 
 
 async def test_an_answer_that_is_to_come_holds_the_hand_over_back(monkeypatch: pytest.MonkeyPatch) -> None:
