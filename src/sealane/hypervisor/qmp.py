@@ -17,6 +17,7 @@ from sealane.hypervisor.driver import (
     VmDescription,
 )
 from sealane.hypervisor.qmp_connection import EventStream, QmpConnection, as_dict, as_int
+from sealane.hypervisor.stranded import is_stranded, let_run
 from sealane.limits import QMP_TIMEOUT_S
 
 # `max-bandwidth` is a size (uint64); QEMU computes with it in int64 (migration/migration.c, migration_rate_set).
@@ -89,8 +90,13 @@ class QmpMachine(QmpConnection):
         return str(as_dict(await self.execute("query-status")).get("status"))
 
     async def resume(self) -> None:
-        """Let the guest run (`cont`)."""
-        await self.execute("cont")
+        """Let the guest run (`cont`), also where QEMU is `stranded` in a switch that failed."""
+        try:
+            await self.execute("cont")
+        except SealaneError as error:
+            if error.code != "vm.qmp" or not await is_stranded(self):
+                raise
+            await let_run(self, f"{self.path}.gdb", self._timeout_s)
 
     async def stop(self) -> None:
         """Pause the guest; while it is awaited (inmigrate): do not start it once it has arrived."""
@@ -286,11 +292,18 @@ class QmpMachine(QmpConnection):
         await self.execute("migrate", {"uri": uri, "resume": True})
 
     async def cancel_migration(self) -> None:
-        """End an outgoing migration and wait until it has ended; QEMU then lets a guest that ran before run again."""
+        """End an outgoing migration and wait until it has ended; QEMU then lets a guest that ran before run again.
+
+        One that is `stranded` has ended, whatever it says.
+        """
         status = (await self.migration_status()).status
-        if status not in INACTIVE_STATUSES:
+        if status not in INACTIVE_STATUSES and not await is_stranded(self):
             await self.execute("migrate_cancel")
-            status = (await self.wait_migration(TERMINAL_STATUSES, self._timeout_s)).status
+            try:
+                status = (await self.wait_migration(TERMINAL_STATUSES, self._timeout_s)).status
+            except SealaneError:
+                if not await is_stranded(self):
+                    raise
         if status == "failed":
             await self._finish_failed()
 

@@ -1,15 +1,14 @@
 """How a postcopy rests where its two ends cannot bring it to an end: what the fault took is more than they can make good.
 
 lost    a fault killed the QEMU that held a half of the VM's memory: QEMU's own limit of postcopy
-stuck   a fault broke the lanes within the switch: the source's QEMU has sent the devices' state and believes in postcopy, or
-        was told to cancel when its migration's thread had ended, and cancels for ever; the destination's never had it. The VM
-        is whole at the source, and QEMU 10.0 has no command that lets it run there (`docs/handover.md`, "Postcopy")
+stuck   a fault broke the lanes within the switch: the source's QEMU has sent the devices' state and believes in postcopy, and the
+        destination's never had it. The VM is whole at the source, and QEMU 10.0 has no command that lets it run there
+        (`docs/handover.md`, "Postcopy")
 """
 
 from collections.abc import Callable, Collection
 from typing import Final, Literal
 
-from sealane.host.migration.source import TAKING_BACK
 from sealane.host.models import Migration
 from sealane.session.handover import IN_POSTCOPY
 from sealane.testing.faultdirector import KILLS_QEMU, Fault
@@ -34,9 +33,7 @@ def how_it_rests(source: Migration | None, destination: Migration | None, ask_so
         return "lost" if vm_is_gone or (destination.state == "postcopy-paused" and not ask_source()) else ""
     is_kept = source.state == "aborted" and source.ended_at is None
     if is_kept and destination.state == "aborted" and destination.ended_at is not None:
-        status = ask_source()
-        gave_up = source.detail != TAKING_BACK  # a QEMU that cancels may still come to an end before
-        return "stuck" if status in _BELIEVES_IN_POSTCOPY or (status == "cancelling" and gave_up) else ""
+        return "stuck" if ask_source() in _BELIEVES_IN_POSTCOPY else ""
     return ""
 
 
