@@ -18,7 +18,8 @@
  *
  * What no safeguard helps against, and the claims leave out
  *   The loss of a QEMU that holds a half, and lanes that break within the switch (`switch_failed`): then the VM is whole at the
- *   source, and its QEMU has no command to let it run. The copy is kept; that it is, is claimed.
+ *   source, and its QEMU may have no command to let it run (HALF). The copy is kept; that it is, is claimed. Where it has one
+ *   (PAUSED), and the destination is lost, an operator may say that the VM is the source's.
  *
  * The names are those of the code, and the table is drawn from it: table.pml. Each safeguard can be taken out, and the checks
  * then fail (tests/models/test_postcopy_model.py):
@@ -33,6 +34,7 @@
  *   -DRECEIPT_ENDS_THE_HALF   the source ends its QEMU when the VM runs there, and not when all of it is there
  *   -DWAIT_FOR_ARRIVED        a source whose lanes were closed in order waits for the destination's word, and does not ask
  *   -DDROP_WITHOUT_LOOKING    an operator has a half ended whose other half is not lost
+ *   -DOWN_WITHOUT_LOOKING     ... or the VM run at a source that has it whole, while the destination has it too
  *   -DJOIN_BEFORE_ASKING      a source whose QEMU is in no postcopy does not ask the destination what became of the VM
  */
 #include "table.pml"
@@ -93,6 +95,11 @@ byte crashes;
 #else
 #define lost_there (destination_lost && destination_qemu == GONE)
 #define lost_at_the_source (source_lost && source_qemu == GONE)
+#endif
+#ifdef OWN_WITHOUT_LOOKING
+#define never_there true
+#else
+#define never_there (destination_lost && destination_qemu == GONE)
 #endif
 #ifdef JOIN_BEFORE_ASKING
 #define may_ask (source_qemu == HALF)
@@ -303,6 +310,10 @@ endjoin:	if
 		:: atomic { lost_there -> source_at_rest = false }	/* an operator's word */
 			source_step(DROP_HERE);
 			quit_source();
+			goto ended
+		:: atomic { never_there && source_qemu == PAUSED -> source_at_rest = false }	/* its other word, where the VM is whole here */
+			source_step(OWN_HERE);
+			resume_source();
 			goto ended
 		fi;
 		say(rejoin);

@@ -31,7 +31,8 @@ mtype:message = { prepare, prepared, loaded, ticket, receipt, ticket_refused, re
 	((state) == POSTCOPY_PAUSED && (input) == DROP_HERE -> COMPLETED : \
 	((state) == POSTCOPY_PAUSED && (input) == FAILED -> POSTCOPY_PAUSED : \
 	((state) == POSTCOPY_PAUSED && (input) == REFUSED -> ABORTED : \
-	0))))))))))))))))))))))))
+	((state) == POSTCOPY_PAUSED && (input) == OWN_HERE -> ABORTED : \
+	0)))))))))))))))))))))))))
 
 #define destination_after(state, input) \
 	((state) == PREPARING && (input) == PREPARED -> COPYING : \

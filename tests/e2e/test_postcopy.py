@@ -76,7 +76,8 @@ def meanwhile(rig: Rig, what: Callable[[Migration], object], **options: object) 
 
 
 def is_half_way(migration: Migration) -> bool:
-    return migration.state == "postcopy" and migration.progress.postcopy_requests is not None
+    """The guest runs at the destination, and has asked for pages: QEMU is through its switch at both ends."""
+    return migration.state == "postcopy" and bool(migration.progress.postcopy_requests)
 
 
 def test_a_cut_half_way_is_joined_again(busy: Rig) -> None:

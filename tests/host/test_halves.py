@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from sealane.errors import SealaneError, make_error
-from sealane.host.halves import Halves, check_drop
+from sealane.host.halves import Halves, check_drop, check_own
 from sealane.host.jobs import Jobs
 from sealane.host.migration.messages import Answer, Promise, Ran, Unsettled
 from sealane.host.migration.postcopy_source import NOT_JOINED
@@ -21,7 +21,7 @@ from tests.host.stand_ins import StandInJob
 ABOUT: dict[str, Any] = {"migration": f"{1:032x}", "vm": "web01", "epoch": 4}
 RAN, PROMISE = Ran(**ABOUT), Promise(**ABOUT)
 UNDER_WAY, GONE, UNKNOWN = (Unsettled(**ABOUT, reason=cast(Any, reason)) for reason in ("under-way", "gone", "unknown"))
-AGAINST, LOSE = "resolve.against-the-answer", "resolve.could-lose-it"
+AGAINST, LOSE, TWO = "resolve.against-the-answer", "resolve.could-lose-it", "resolve.could-make-two"
 
 
 class Played:
@@ -31,6 +31,7 @@ class Played:
         self.store, self.jobs = store, Jobs(store)
         self.answer: Answer | None = None
         self.asked = 0
+        self.whole = False
         self.seen: list[Migration] = []
         self.begun: list[StandInJob] = []
         self.at_look: Callable[[], object] = lambda: None
@@ -45,6 +46,10 @@ class Played:
 
     async def settle(self, migration_id: str) -> None:
         self.seen.append(self.store.find(migration_id)[0].migration)
+
+    async def is_whole(self, entry: JournalEntry) -> bool:
+        assert self.jobs.job(entry.migration.id) is None  # whose connection to QEMU is the only one
+        return self.whole
 
     async def look_again(self, _migration_id: str) -> None:
         self.at_look()
@@ -184,12 +189,81 @@ def test_which_words_are_refused(said: Answer | None, refusals: list[str | None]
             assert raised.value.code == expected
 
 
+@pytest.mark.parametrize(
+    ("said", "refusals"),  # without --i-have-looked, and with it
+    [
+        (RAN, [AGAINST, AGAINST]),
+        (GONE, [None, None]),
+        (PROMISE, [None, None]),
+        (UNDER_WAY, [AGAINST, AGAINST]),
+        (UNKNOWN, [TWO, None]),
+        (None, [TWO, None]),
+    ],
+    ids=["ran", "gone", "promise", "under way", "unknown", "nothing"],
+)
+def test_which_words_that_the_vm_is_here_are_refused(said: Answer | None, refusals: list[str | None]) -> None:
+    for looked, expected in zip((False, True), refusals, strict=True):
+        if expected is None:
+            check_own(word("own-here", looked=looked), said, "why")
+        else:
+            with pytest.raises(SealaneError) as raised:
+                check_own(word("own-here", looked=looked), said, "why")
+            assert raised.value.code == expected
+
+
 @pytest.mark.parametrize("role", ["source", "destination"])
 async def test_half_a_memory_cannot_run(request: pytest.FixtureRequest, role: str) -> None:
     played: Played = request.getfixturevalue(role)
     with pytest.raises(SealaneError, match=r"resolve\.half"):
         await played.resolve("own-here", looked=True)
     played.assert_untouched()
+    assert played.begun == []
+
+
+async def test_a_job_that_let_go_for_a_word_that_is_refused_is_followed_by_another(source: Played) -> None:
+    first = source.rejoin(source.migration)
+    with pytest.raises(SealaneError, match=r"resolve\.half"):
+        await source.resolve("own-here", looked=True)
+    source.assert_untouched()
+    assert first.ended.is_set()
+    (_, again) = source.begun
+    assert source.jobs.job(source.migration.id) is again
+    await end(again)
+
+
+@pytest.mark.parametrize("said", [None, UNKNOWN, GONE, PROMISE])
+async def test_a_source_that_has_the_vm_whole_runs_it_again_and_the_journal_knows_first(
+    source: Played, said: Answer | None
+) -> None:
+    source.answer, source.whole = said, True
+    await source.resolve("own-here", looked=said in (None, UNKNOWN))
+    (seen,) = source.seen
+    assert (seen.state, seen.runs_at, seen.ended_at) == ("aborted", "nowhere", None)  # it does not run yet
+    assert seen.problem is not None
+    assert seen.problem.code == "handover.operator"
+    assert seen.resolution is not None
+    assert (seen.resolution.decision, seen.resolution.by, seen.resolution.user) == ("own-here", "operator", "root")
+    assert "as it was at the switch" in seen.resolution.words
+
+
+@pytest.mark.parametrize(("said", "code"), [(None, TWO), (UNKNOWN, TWO), (UNDER_WAY, AGAINST), (RAN, AGAINST)])
+async def test_a_vm_that_may_run_there_does_not_run_here(source: Played, said: Answer | None, code: str) -> None:
+    source.answer, source.whole = said, True
+    job = source.rejoin(source.migration)
+    with pytest.raises(SealaneError, match=code):
+        await source.resolve("own-here")
+    source.assert_untouched()
+    assert not job.ended.is_set()
+    await end(job)
+
+
+async def test_a_vm_that_is_whole_is_not_ended_for_a_half_that_was_lost(source: Played) -> None:
+    source.answer, source.whole = GONE, True
+    with pytest.raises(SealaneError, match=rf"the VM is whole here.*{LOSE}"):
+        await source.resolve("drop-here")
+    source.assert_untouched()
+    await source.resolve("drop-here", looked=True)
+    assert [seen.state for seen in source.seen] == ["completed"]
 
 
 @pytest.mark.parametrize("said", [None, UNKNOWN, GONE])

@@ -20,6 +20,7 @@ from sealane.hypervisor.launch import LaunchedMachine, launch_incoming, start_ti
 from sealane.hypervisor.qmp import QmpMachine
 from tests.host.factories import NOW, migration
 from tests.hypervisor.machines import command, running, skip_without_qemu
+from tests.hypervisor.strands import failed_switch
 
 pytestmark = pytest.mark.e2e
 QEMU = skip_without_qemu()[-1]
@@ -226,6 +227,36 @@ async def test_a_half_that_was_given_up_is_not_another_vm(tmp_path: Path) -> Non
         after = store.migrations()[0]
         assert (after.state, after.runs_at) == ("completed", "nowhere")
         assert "was left alone" in after.detail
+
+
+async def test_a_source_whose_switch_failed_has_the_vm_whole_and_runs_it_again(tmp_path: Path) -> None:
+    with Store(tmp_path / "db") as store:
+        parted = migration(1, state="postcopy-paused", runs_at="destination")
+        async with failed_switch(QEMU, tmp_path) as (source, before):
+            await source.aclose()
+            store.journal(parted, qmp=str(tmp_path / "s"), qemu_before=before)
+            jobs, recovery = await recovered(store, tmp_path / "s")
+            (entry,) = jobs.left_over()
+            assert entry.migration.state == "postcopy-paused"
+            assert await recovery.is_whole(entry)
+            jobs.decide(entry.migration.model_copy(update={"state": "aborted", "runs_at": "nowhere"}))
+            settled = await recovery.settle(parted.id)
+            assert await run_state(tmp_path / "s") == "running"
+            assert not await recovery.is_whole(entry)
+    assert settled is not None
+    assert (settled.state, settled.runs_at) == ("aborted", "source")
+
+
+async def test_a_source_whose_switch_failed_is_ended_by_the_operators_word(tmp_path: Path) -> None:
+    with Store(tmp_path / "db") as store:
+        given_up = migration(1, state="completed", runs_at="nowhere")
+        async with failed_switch(QEMU, tmp_path) as (source, _):
+            await source.aclose()
+            store.journal(given_up, qmp=str(tmp_path / "s"))
+            await recovered(store, tmp_path / "s")
+            with pytest.raises(SealaneError, match=r"vm\.unreachable"):
+                await run_state(tmp_path / "s")
+        assert store.migrations()[0].ended_at
 
 
 class HalfQemu:

@@ -21,7 +21,6 @@ BY_PRECOPY = {
     "NOT_SENT",
     "TICKET_JOURNALLED",
     "RECEIPT",
-    "OWN_HERE",
 }
 SAID_IN_PRECOPY = {"loaded", "ticket", "receipt_copy", "ask", "ran", "promise", "unsettled"}
 
@@ -73,6 +72,7 @@ def test_every_statement_is_reached() -> None:
         ("RECEIPT_ENDS_THE_HALF", "never_none"),
         ("WAIT_FOR_ARRIVED", "ends"),
         ("DROP_WITHOUT_LOOKING", "never_none"),
+        ("OWN_WITHOUT_LOOKING", "never_two"),
         ("JOIN_BEFORE_ASKING", "ends"),
     ],
 )

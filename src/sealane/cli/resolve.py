@@ -67,7 +67,9 @@ def resolve(
 
     \b
     --ask        at the source: the halves are joined again now, also where the agent has given up trying.
-    --own-here   is refused: half a memory cannot run.
+    --own-here   only at a source whose QEMU has made no switch, or failed to: then it has the VM whole. Where
+                 the destination is lost for good, the VM goes on here as it was at the switch. Else it is
+                 refused: half a memory cannot run.
     --drop-here  on either host, for when the other half is lost for good: the half here is ended, and with
                  it the VM, which then runs nowhere. At the source the destination is asked before, and where
                  it keeps its half this is refused. At the destination nobody is asked. --i-have-looked
@@ -83,8 +85,7 @@ def resolve(
         found = find_migration(agent, which, active=True)
         if found.state not in {"in-doubt", "postcopy-paused"}:
             raise ControlError("resolve.not-in-doubt", f"migration {found.number} of {found.vm} is {found.state} here")
-        is_refused_anyway = (found.state, decision) == ("postcopy-paused", "own-here")
-        if not (decision == "ask" or yes or is_refused_anyway):
+        if not (decision == "ask" or yes):
             _confirm(found, decision, out)
         try:
             migration = agent.resolve(found.id, ResolveRequest(decision=decision, i_have_looked=i_have_looked))
@@ -115,7 +116,7 @@ def _confirm(migration: Migration, decision: Decision, out: Output) -> None:
         "own-here": f"{vm} will go on here as it was at the switch-over. If it runs on {peer}, there are two of it.",
         "drop-here": f"The paused copy of {vm} here will be ended. If it does not run on {peer}, it is lost.",
     }[decision]
-    if migration.state == "postcopy-paused":
+    if (migration.state, decision) == ("postcopy-paused", "drop-here"):
         what = f"The half of {vm}'s memory here will be ended. If the other half is on {peer}, {vm} is lost with it."
     if out.as_json or not is_terminal(sys.stdin):
         raise UsageError("usage.argument", what, mend="say --yes, if that is what is meant")

@@ -86,7 +86,7 @@ class Doubts:
             entry = self._in_doubt().get(migration_id)
             if entry is None:
                 return
-            said, digest, why = await self._answer(entry)
+            said, digest, why = await hear(self._ask, entry, why_it_stays)
             try:
                 is_over = await self._follow_answer(entry, said, digest)
             except SealaneError as error:  # the journal did not take it: nothing was done
@@ -100,15 +100,6 @@ class Doubts:
 
     def _lock(self, migration_id: str) -> asyncio.Lock:
         return self._asking.setdefault(migration_id, asyncio.Lock())
-
-    async def _answer(self, entry: JournalEntry) -> tuple[messages.Answer | None, str | None, str]:
-        """The answer, or None; and why the doubt stays, should it stay."""
-        peer = entry.migration.peer
-        try:
-            said, digest = await self._ask(entry)
-        except SealaneError as error:
-            return None, None, f"{peer} could not be asked: {error.detail} ({error.code})"
-        return said, digest, why_it_stays(said, peer)
 
     async def _follow_answer(self, entry: JournalEntry, said: messages.Answer | None, digest: str | None) -> bool:
         peer = entry.migration.peer
@@ -135,7 +126,7 @@ class Doubts:
             if entry is None:
                 now = self._jobs.find(migration.id)
                 raise ControlError("resolve.not-in-doubt", f"migration {now.number} of {now.vm} is {now.state} here")
-            said, digest, why = await self._answer(entry)
+            said, digest, why = await hear(self._ask, entry, why_it_stays)
             if request.decision != "ask":
                 check_word(request, said, why)
             if not await self._follow_answer(entry, said, digest):
@@ -152,12 +143,12 @@ class Doubts:
         why: str,
         user: str | None,
     ) -> None:
-        looked = ", and the operator has looked there" if request.i_have_looked else ""
+        why = because(request, why)
         if request.decision == "own-here":
-            resolution = resolution_of("own-here", "operator", said, f"{why}{looked}", user)
+            resolution = resolution_of("own-here", "operator", said, why, user)
             await self._end(entry, Input.OWN_HERE, resolution)
         else:
-            resolution = resolution_of("drop-here", "operator", said, f"{why}{looked}", user)
+            resolution = resolution_of("drop-here", "operator", said, why, user)
             await self._end(entry, Input.DROP_HERE, resolution)
 
     async def _end(
@@ -184,6 +175,23 @@ class Doubts:
             "a doubt is resolved", migration=migration_id[:8], state=state.value, **resolution.model_dump(mode="json")
         )
         await self._recovery.settle(migration_id)
+
+
+async def hear(
+    ask: AskPeer, entry: JournalEntry, words: Callable[[messages.Answer, str], str]
+) -> tuple[messages.Answer | None, str | None, str]:
+    """The destination's answer and its receipt's digest, or None; and what the answer, or its lack, means in words."""
+    peer = entry.migration.peer
+    try:
+        said, digest = await ask(entry)
+    except SealaneError as error:
+        return None, None, f"{peer} could not be asked: {error.detail} ({error.code})"
+    return said, digest, words(said, peer)
+
+
+def because(request: ResolveRequest, why: str) -> str:
+    """What an operator's word rests on."""
+    return f"{why}, and the operator has looked there" if request.i_have_looked else why
 
 
 def why_it_stays(said: messages.Answer, peer: str) -> str:

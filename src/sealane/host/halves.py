@@ -1,33 +1,36 @@
-"""A postcopy whose halves stay parted: a person has them joined again, or gives up the half here, its other half being lost.
+"""A postcopy whose halves stay parted: a person has them joined again, or gives up what is here, the other half being lost.
 
     --ask         at the source: try to join them now, by a new job where none tries any more
-    --own-here    refused: half a memory cannot run
-    --drop-here   at the source the destination is asked first, and its answer goes before the word:
+    --own-here    only at a source whose QEMU has made no switch, or failed to: the VM is whole here, as of the switch, and no
+                  half can be joined any more. Else refused: half a memory cannot run
+    --drop-here   ends the half here, and the VM with it
 
-        the destination says     --drop-here
-        ran                      ends the half here: all of the memory had arrived, and the VM runs there
-        promise                  refused: the switch failed, and the VM is whole here
-        unsettled: under-way     refused: it keeps the other half
-        unsettled: gone          ends the half here, and the VM with it
-        unsettled: unknown       needs --i-have-looked
-        nothing: unreachable …   needs --i-have-looked
+At the source the destination is asked before either word is followed, and its answer goes before the word:
 
-    --drop-here   at the destination nobody is asked, a source answers no questions: it always needs --i-have-looked; but where
-                  all of the memory is here after all, it is refused
+        the destination says     --own-here                   --drop-here
+        ran                      refused                      ends what is here: all had arrived, the VM runs there
+        promise                  takes the VM back            refused: the switch failed, and the VM is whole here
+        unsettled: under-way     refused: it keeps its half   refused: it keeps its half
+        unsettled: gone          takes the VM back            ends the half here; a VM that is whole needs --i-have-looked
+        unsettled: unknown       needs --i-have-looked        needs --i-have-looked
+        nothing: unreachable …   needs --i-have-looked        needs --i-have-looked
 
-What is decided is journalled first, `completed` without an end, and then done by recovery, by the next agent where this one
-dies. A job that still tries to join the halves lets go of them before, and no sooner than the word is allowed.
+At the destination nobody is asked, a source answers no questions: --drop-here always needs --i-have-looked; but where all of the
+memory is here after all, it is refused.
+
+What is decided is journalled first, `completed` or `aborted` without an end, and then done by recovery, by the next agent where
+this one dies. A job that still tries to join the halves lets go of them before, and no sooner than the word is allowed.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
 import structlog
 
 from sealane.errors import ControlError, InDoubtError, SealaneError, make_error
-from sealane.host.doubts import AskPeer, resolution_of
+from sealane.host.doubts import AskPeer, because, hear, resolution_of
 from sealane.host.job import Job
 from sealane.host.jobs import Jobs
 from sealane.host.migration import messages
@@ -40,6 +43,13 @@ from sealane.limits import REJOIN_TOLD_WITHIN_S
 from sealane.session.handover import ENDED, Handover, Input, Role, State
 
 _log = structlog.get_logger()
+# What the journal says of a migration that ended so.
+_CODES: Final = {
+    Input.ARRIVED: None,
+    Input.DROP_HERE: "handover.half-lost",
+    Input.OWN_HERE: "handover.operator",
+}
+_WHOLE_MEND: Final = "say --own-here, and it goes on; or --drop-here --i-have-looked, should it be lost"
 _LOOKED_MEND: Final = "make sure that the other half is lost for good, its QEMU gone, then say --i-have-looked"
 
 
@@ -62,14 +72,15 @@ class Halves:
         """Do as the operator says; the migration as it is then.
 
         Raises `resolve.parted` (`ask`, and the halves are not joined yet), `resolve.half`, `resolve.could-lose-it`,
-        `resolve.against-the-answer`, and `resolve.not-in-doubt` where the halves are not parted any more.
+        `resolve.could-make-two`, `resolve.against-the-answer`, and `resolve.not-in-doubt` where the halves are not parted any
+        more.
         """
-        if request.decision == "own-here":
-            raise make_error("resolve.half")
         if request.decision == "ask":
             return await self._join(migration)
         if migration.role == "source":
-            return await self._drop_source(migration, request, user)
+            return await self._end_source(migration, request, user)
+        if request.decision == "own-here":
+            raise make_error("resolve.half")
         return await self._drop_destination(migration, request, user)
 
     # ---- joining
@@ -111,28 +122,45 @@ class Halves:
         finally:
             job.unsubscribe(subscription)
 
-    # ---- giving up
+    # ---- an operator's word
 
-    async def _drop_source(self, migration: Migration, request: ResolveRequest, user: str | None) -> Migration:
-        said, digest, why = await self._answer(self._entry(migration.id))
-        check_drop(request, said, why)
-        if isinstance(said, messages.Ran):
-            resolution = resolution_of("drop-here", "destination", said, why)
-            return await self._end(migration.id, Input.ARRIVED, resolution, digest)
+    async def _end_source(self, migration: Migration, request: ResolveRequest, user: str | None) -> Migration:
+        said, digest, why = await hear(self._ask, self._entry(migration.id), _words)
+        owns = request.decision == "own-here"
+        check_own(request, said, why) if owns else check_drop(request, said, why)
+        async with self._put_down(migration.id):
+            if isinstance(said, messages.Ran):
+                resolution = resolution_of("drop-here", "destination", said, why)
+                return await self._end(migration.id, Input.ARRIVED, resolution, digest)
+            parted = self._parted(migration.id)
+            if owns and not await self._recovery.is_whole(parted):
+                raise make_error("resolve.half")
+            if not owns and not request.i_have_looked and await self._recovery.is_whole(parted):
+                raise ControlError("resolve.could-lose-it", f"the VM is whole here; {why}", mend=_WHOLE_MEND)
+        if owns:
+            words = f"{because(request, why)}; the VM is whole here, and goes on as it was at the switch"
+            return await self._end(
+                migration.id, Input.OWN_HERE, resolution_of("own-here", "operator", said, words, user)
+            )
         return await self._end(migration.id, Input.DROP_HERE, _given_up(request, said, why, user))
+
+    @contextlib.asynccontextmanager
+    async def _put_down(self, migration_id: str) -> AsyncIterator[None]:
+        """The job that tries to join the halves lets go of them; where the word is refused after all, another begins."""
+        tried = self._jobs.job(migration_id) is not None
+        await self._jobs.put_down(migration_id)
+        try:
+            yield
+        except SealaneError:
+            if tried:
+                with contextlib.suppress(SealaneError):  # the word's error says more
+                    self._rejoin(self._parted(migration_id).migration)
+            raise
 
     async def _drop_destination(self, migration: Migration, request: ResolveRequest, user: str | None) -> Migration:
         why = f"{migration.peer} has the other half, and is not asked"
         check_drop(request, None, why)
         return await self._end(migration.id, Input.DROP_HERE, _given_up(request, None, why, user))
-
-    async def _answer(self, entry: JournalEntry) -> tuple[messages.Answer | None, str | None, str]:
-        peer = entry.migration.peer
-        try:
-            said, digest = await self._ask(entry)
-        except SealaneError as error:
-            return None, None, f"{peer} could not be asked: {error.detail} ({error.code})"
-        return said, digest, _words(said, peer)
 
     async def _end(
         self, migration_id: str, happened: Input, resolution: Resolution, peer_receipt: str | None = None
@@ -143,18 +171,18 @@ class Halves:
         async with self._recovery.lock(migration_id):
             now = self._parted(migration_id).migration
             state = Handover(Role(now.role), State(now.state)).step(happened)
-            is_lost = happened is Input.DROP_HERE
+            code = _CODES[happened]
             changes: dict[str, Any] = {
                 "state": state.value,
-                "runs_at": "nowhere" if is_lost else "destination",
+                "runs_at": "destination" if happened is Input.ARRIVED else "nowhere",
                 "ended_at": None,
-                "problem": problem_of(make_error("handover.half-lost", resolution.words)) if is_lost else None,
+                "problem": None if code is None else problem_of(make_error(code, resolution.words)),
                 "detail": resolution.words,
                 "resolution": resolution,
                 "peer_receipt": peer_receipt,
             }
             self._jobs.decide(Migration.model_validate({**now.model_dump(), **changes}))
-        _log.warning("a half is ended", migration=migration_id[:8], **resolution.model_dump(mode="json"))
+        _log.warning("halves are resolved", migration=migration_id[:8], **resolution.model_dump(mode="json"))
         await self._recovery.settle(migration_id)
         return self._jobs.find(migration_id)
 
@@ -185,6 +213,15 @@ def check_drop(request: ResolveRequest, said: messages.Answer | None, why: str) 
         raise ControlError("resolve.could-lose-it", words, mend=_LOOKED_MEND)
 
 
+def check_own(request: ResolveRequest, said: messages.Answer | None, why: str) -> None:
+    """Raise where letting the VM run here could make two of it."""
+    if isinstance(said, messages.Ran) or (isinstance(said, messages.Unsettled) and said.reason == "under-way"):
+        raise make_error("resolve.against-the-answer", f"{why}: letting it run here could make two of it")
+    is_gone = isinstance(said, messages.Unsettled) and said.reason == "gone"
+    if not (isinstance(said, messages.Promise) or is_gone or request.i_have_looked):
+        raise make_error("resolve.could-make-two", why)
+
+
 def _words(said: messages.Answer, peer: str) -> str:
     """What the destination's answer means for a half."""
     match said:
@@ -201,7 +238,5 @@ def _words(said: messages.Answer, peer: str) -> str:
 
 
 def _given_up(request: ResolveRequest, said: messages.Answer | None, why: str, user: str | None) -> Resolution:
-    looked = ", and the operator has looked there" if request.i_have_looked else ""
-    return resolution_of(
-        "drop-here", "operator", said, f"{why}{looked}; the half here was ended, and the VM with it", user
-    )
+    words = f"{because(request, why)}; the half here was ended, and the VM with it"
+    return resolution_of("drop-here", "operator", said, words, user)

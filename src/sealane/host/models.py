@@ -422,7 +422,8 @@ class ResolveRequest(Model):
     asked, `i_have_looked` is needed: that somebody made sure of it on the destination itself.
 
     Of halves that are parted, `ask` has the source join them now; `drop-here` ends the half here, the other one being lost for
-    good, of which `i_have_looked` says that somebody made sure; `own-here` is refused.
+    good, of which `i_have_looked` says that somebody made sure; `own-here` is refused, but at a source whose QEMU has the VM
+    whole, having made no switch: it goes on there as it was at the switch.
     """
 
     decision: Literal["ask", "own-here", "drop-here"]

@@ -43,6 +43,7 @@ from sealane.host.registry import is_absent
 from sealane.host.store import JournalEntry, Store, utc_now
 from sealane.hypervisor.launch import destroy, start_time_ticks
 from sealane.hypervisor.qmp import QmpMachine
+from sealane.hypervisor.stranded import is_stranded
 from sealane.libvirt.domains import is_domain
 from sealane.libvirt.machine import MigrationDirectory, destroy_incoming_domain, open_domain
 from sealane.limits import QMP_TIMEOUT_S
@@ -54,6 +55,9 @@ _log = structlog.get_logger()
 STOPPED_BY_MIGRATION: Final = frozenset({"finish-migrate", "postmigrate"})
 # What a QEMU says of its migration that keeps the half of a VM which it sent away.
 _KEEPS_HALF: Final = frozenset({"postcopy-active", "postcopy-paused", "postcopy-recover-setup", "postcopy-recover"})
+
+# ... and of one that was never told to switch, or could not.
+_NOT_SWITCHED: Final = frozenset({"pre-switchover", "failed", "cancelled"})
 
 
 class Recovery:
@@ -115,6 +119,19 @@ class Recovery:
         self._settled.discard(migration_id)
         self._inherited.discard(migration_id)
         await self.settle(migration_id)
+
+    async def is_whole(self, entry: JournalEntry) -> bool:
+        """Whether this source of a parted postcopy has the whole VM: its QEMU has made no switch, and can run the VM again.
+
+        Not where that QEMU is gone; raises `vm.unreachable` where it does not say.
+        """
+        try:
+            async with self._machine(entry) as machine:
+                return await _is_whole(machine)
+        except SealaneError as error:
+            if not is_absent(error):
+                raise
+            return False
 
     async def _settle(self, entry: JournalEntry) -> Migration | None:
         log = _log.bind(migration=entry.migration.id[:8], vm=entry.migration.vm, role=entry.migration.role)
@@ -250,7 +267,7 @@ class Recovery:
         detail = entry.migration.detail
         try:
             async with self._machine(entry) as machine:
-                if await machine.run_state() == "postmigrate" or await _keeps_half(machine):
+                if await machine.run_state() == "postmigrate" or await _keeps_half(machine) or await _is_whole(machine):
                     await machine.quit()
                 elif entry.migration.runs_at == "nowhere":
                     detail = f"{detail}; but the QEMU that is here keeps no half, and was left alone"
@@ -307,6 +324,15 @@ class Recovery:
 async def _keeps_half(machine: QmpMachine) -> bool:
     """No domain of libvirt goes by postcopy."""
     return isinstance(machine, QmpMachine) and (await machine.migration_status()).status in _KEEPS_HALF
+
+
+async def _is_whole(machine: QmpMachine) -> bool:
+    """Whether QEMU has made no switch, and has the VM paused; a VM that was started anew is not that."""
+    if not isinstance(machine, QmpMachine):
+        return False
+    if (await machine.migration_status()).status not in _NOT_SWITCHED and not await is_stranded(machine):
+        return False
+    return await machine.run_state() in STOPPED_BY_MIGRATION | {"paused"}
 
 
 def _changed(entry: JournalEntry, **changes: Any) -> Migration:

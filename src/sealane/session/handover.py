@@ -24,7 +24,8 @@ By postcopy, where the VM runs at the destination before all of its memory is th
 * The destination enters `postcopy` when its QEMU has switched; only then does it resume the VM.
 * From then on the memory is in two halves, and each end keeps its own. A cut (`failed`) leads to `postcopy-paused`, from
   which only joining the halves again leads on, or the destination's word that all had arrived; or the word of an operator who has
-  seen that the other half is lost (`drop-here`), which ends the VM.
+  seen that the other half is lost: `drop-here`, which ends the VM, or `own-here` at a source whose QEMU has made no switch, or
+  failed to, and has the VM whole.
 * A destination whose QEMU did not come through the switch destroys it and refuses: the VM never ran there.
 """
 
@@ -71,7 +72,7 @@ class Input(StrEnum):
     RECEIPT = "receipt"  # source: received; destination: sent, the VM runs
     FAILED = "failed"  # anything that went wrong, cancel included
     REFUSED = "refused"  # the destination refused the ticket and destroyed its copy (source: was told so)
-    OWN_HERE = "own-here"  # source: an operator decided that the VM is this host's
+    OWN_HERE = "own-here"  # source that has the whole VM: an operator decided that it is this host's
     # source in doubt: an operator decided that it is the destination's; either end: that the other half of its memory is lost
     DROP_HERE = "drop-here"
 
@@ -116,7 +117,12 @@ TRANSITIONS: Final[Mapping[Role, Mapping[State, Mapping[Input, State]]]] = {
             Input.DROP_HERE: State.COMPLETED,
             Input.FAILED: State.IN_DOUBT,
         },
-        **{state: {**steps, Input.REFUSED: State.ABORTED} for state, steps in _HALVED.items()},
+        State.POSTCOPY: {**_HALVED[State.POSTCOPY], Input.REFUSED: State.ABORTED},
+        State.POSTCOPY_PAUSED: {
+            **_HALVED[State.POSTCOPY_PAUSED],
+            Input.REFUSED: State.ABORTED,
+            Input.OWN_HERE: State.ABORTED,
+        },
         State.COMPLETED: {},
         State.ABORTED: {},
     },
