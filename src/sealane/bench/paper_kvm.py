@@ -27,6 +27,7 @@ from sealane.bench.movers import PLAIN_PORT, Method, move
 from sealane.bench.paper import Report, conclude, make_parser, say, timed
 from sealane.bench.paper_kvm_report import LOADS, WAYS, as_markdown, judge
 from sealane.bench.tunnel import SshTunnel
+from sealane.bench.turns import in_turn
 from sealane.lab.sight import look
 from sealane.seal.protect import PROTECTIONS
 from sealane.testing.accel import choose_accel
@@ -240,7 +241,7 @@ class _Bench:
         with ExitStack() as stack:
             through = self._open_tunnels(stack, tunnels) if "ssh" in ways else {}
             for number in range(runs + 1):
-                for way in ways:
+                for way in in_turn(ways, number):
                     sample = self._move(way, number, through.get(self._source.name, ""))
                     if sample is not None and number:
                         self._samples.append(sample)

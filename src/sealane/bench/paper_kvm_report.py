@@ -7,7 +7,17 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from sealane.bench.verdicts import RULE, Verdict, cell, claims_table, judge_at_most, judge_below, table, together
+from sealane.bench.verdicts import (
+    RULE,
+    Verdict,
+    cell,
+    claims_table,
+    difference,
+    in_every_respect,
+    judge_at_most,
+    judge_below,
+    table,
+)
 
 LOADS: Final = ("write", "read")
 WAYS: Final = ("normal", "hrt", "selective", "sealed", "rc4", "tls", "ssh")
@@ -17,6 +27,7 @@ METRICS: Final = {
     "downtime_ms": ("downtime, ms", {"write": "figure 13", "read": "figure 14"}),
     "peak_cpu_percent": ("peak CPU, % of the machine", {"write": "figure 15", "read": "figure 16"}),
 }
+_UNITS: Final = {"total_ms": "ms", "downtime_ms": "ms", "peak_cpu_percent": "points"}
 # below these, what was measured does not tell two ways apart: QEMU looks every 100 ms, ticks are 10 ms; CPU is counted in 10 ms,
 # over 0.3 s or a shorter move
 LEAST: Final = {"total_ms": 20.0, "downtime_ms": 10.0, "peak_cpu_percent": 8.0}
@@ -25,7 +36,6 @@ TABLE_1: Final = ((9560, 54594028, 75.23), (9712, 54956455, 75.74), (9938, 51890
 SHARE, SHARE_ABOUT = 75.0, 5.0
 PAPER_PAIRS: Final = (("normal", "hrt"), ("hrt", "tls"))
 OTHER_PAIRS: Final = (("normal", "sealed"), ("sealed", "hrt"), ("sealed", "tls"), ("sealed", "ssh"), ("hrt", "rc4"))
-_UNDECIDED: Final = "the runs spread wider than the two ways differ, or the sizes disagree"
 _FULL_PERCENT: Final = 95.0
 _FULL: Final = "both fill every processor of the machine at their peak: what each costs shows in the CPU time below"
 # Why a claim came out as it did: read off the design, not measured by this bench
@@ -64,9 +74,9 @@ def judge(report: Mapping[str, Any]) -> list[dict[str, Any]]:
                     found.append(told)
     found += _judge_savings(samples)
     if orders.get(("hrt", "tls")):
-        verdict = together(orders["hrt", "tls"])
-        for_it, against = (orders["hrt", "tls"].count(told) for told in ("holds", "fails"))
-        why = f"{for_it} of {len(orders['hrt', 'tls'])} figures say so, {against} the contrary"
+        verdict = in_every_respect(orders["hrt", "tls"])
+        for_it, against, alike = (orders["hrt", "tls"].count(told) for told in ("holds", "fails", "alike"))
+        why = f"{for_it} of {len(orders['hrt', 'tls'])} figures say so, {against} the contrary, {alike} that they are alike"
         found.append(_claim("figures 11 to 16", "Modified is cheaper than ssl in every respect", verdict, why))
     return [*found, *_judge_share(report["table_1"])]
 
@@ -78,46 +88,54 @@ def _claim(where: str, claim: str, verdict: Verdict, why: str) -> dict[str, Any]
 def _judge_pair(
     samples: Sequence[Mapping[str, Any]], load: str, metric: str, lower: str, upper: str
 ) -> dict[str, Any] | None:
-    """One order of two ways: judged for each size, and the sizes together. None where one of them was not measured."""
-    sizes: dict[int, Verdict] = {}
-    is_full = metric == "peak_cpu_percent"
-    for memory in _present(samples, "memory_mib"):
-        first, second = (_values(samples, load, memory, way, metric) for way in (lower, upper))
-        if first and second:
-            sizes[memory] = judge_below(first, second, least=LEAST[metric])
-            is_full = is_full and statistics.median([*first, *second]) >= _FULL_PERCENT
-    if not sizes:
+    """One order of two ways, over all sizes, round by round. None where one of them was not measured."""
+    first, second = _in_turns(samples, load, metric, lower, upper)
+    if not first:
         return None
-    verdict = together(list(sizes.values()))
-    undecided = _FULL if is_full else _UNDECIDED
-    why = undecided if verdict == "undecided" else _WHY[metric].get(f"{lower} < {upper} {verdict}", "")
-    by_size = ", ".join(f"{memory} MB {told}" for memory, told in sizes.items())
-    why = f"{by_size}. {why}".rstrip() if len(sizes) > 1 else why
+    verdict = judge_below(first, second, least=LEAST[metric])
+    is_full = metric == "peak_cpu_percent" and statistics.median([*first, *second]) >= _FULL_PERCENT
+    why = _FULL if is_full else _WHY[metric].get(f"{lower} < {upper} {verdict}", "")
+    why = f"{difference(first, second, _UNITS[metric])}. {why}".rstrip()
     return {"claim": f"{_head(lower)} < {_head(upper)}", "verdict": verdict, "why": why}
+
+
+def _in_turns(
+    samples: Sequence[Mapping[str, Any]], load: str, metric: str, lower: str, upper: str
+) -> tuple[list[float], list[float]]:
+    """The rounds in which both ways arrived."""
+    found = {
+        (each["way"], each["memory_mib"], each["round"]): float(each[metric])
+        for each in samples
+        if each["load"] == load
+    }
+    rounds = [where for way, *where in found if way == lower and (upper, *where) in found]
+    return [found[(lower, *where)] for where in rounds], [found[(upper, *where)] for where in rounds]
 
 
 def _judge_savings(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Section 4.2: against ssl, Modified saves more total time where the guest reads than where it writes."""
     savings = {load: _savings(samples, load) for load in LOADS}
-    if not all(savings.values()):
+    rounds = savings["write"].keys() & savings["read"].keys()
+    if not rounds:
         return []
-    verdict = judge_below(savings["write"], savings["read"], least=2.0)
-    said = ", ".join(f"{statistics.median(values):+.0f} % where it {load}s" for load, values in savings.items())
+    write, read = ([savings[load][each] for each in sorted(rounds)] for load in LOADS)
+    verdict = judge_below(write, read, least=2.0)
+    said = f"{statistics.median(write):+.0f} % where it writes, {statistics.median(read):+.0f} % where it reads"
     return [
         _claim("figures 11, 12", "Modified saves more of ssl's time where the guest reads", verdict, f"here: {said}")
     ]
 
 
-def _savings(samples: Sequence[Mapping[str, Any]], load: str) -> list[float]:
-    """How much of ssl's total time Modified saved in each round, in percent."""
+def _savings(samples: Sequence[Mapping[str, Any]], load: str) -> dict[tuple[int, int], float]:
+    """How much of ssl's total time Modified saved with each size and in each round, in percent."""
     totals = {
         (each["memory_mib"], each["round"], each["way"]): each["total_ms"] for each in samples if each["load"] == load
     }
-    return [
-        100 * (1 - totals[memory, number, "hrt"] / total)
+    return {
+        (memory, number): 100 * (1 - totals[memory, number, "hrt"] / total)
         for (memory, number, way), total in totals.items()
         if way == "tls" and (memory, number, "hrt") in totals
-    ]
+    }
 
 
 def _judge_share(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -196,7 +214,7 @@ def _because(why: str) -> str:
 
 
 def _figure(samples: Sequence[Mapping[str, Any]], load: str, metric: str, digits: int = 0) -> list[str]:
-    ways = _present(samples, "way")
+    ways = sorted(_present(samples, "way"), key=WAYS.index)
     rows = [
         [str(memory), *(cell(_values(samples, load, memory, way, metric), digits) for way in ways)]
         for memory in _present(samples, "memory_mib")

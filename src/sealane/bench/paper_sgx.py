@@ -27,6 +27,7 @@ from sealane.bench.movers import Method, move
 from sealane.bench.paper import Report, conclude, make_parser, say, timed
 from sealane.bench.paper_sgx_calls import measure_calls, measure_images
 from sealane.bench.paper_sgx_report import WAYS, as_markdown, judge
+from sealane.bench.turns import in_turn
 from sealane.testing.accel import choose_accel
 from sealane.testing.attested import AttestedHosts
 from sealane.testing.hosts import BackgroundProcess
@@ -112,7 +113,7 @@ def _measure_vm(number: int, memory: int, runs: int) -> dict[str, list[float]]:
         attested = stack.enter_context(make_pair(settings=AttestedHosts([find_qemu().path.resolve()])))
         movers = [stack.enter_context(_mover(attested if way == "attested" else pinned, way, memory)) for way in WAYS]
         for turn in range(runs + 1):
-            for mover in movers:
+            for mover in in_turn(movers, turn):
                 taken = mover.move()
                 say(f"VM {number + 1} round {turn} {mover.way:9} {taken:7.0f} ms")
                 if turn:

@@ -16,6 +16,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Final, NoReturn, TypeAlias
 
+from sealane.bench.turns import in_turn
 from sealane.enclave.sandbox import Sandbox, die_with_parent, drop_privileges
 from sealane.enclave.vtpm import VtpmStates
 from sealane.errors import SealaneError
@@ -269,7 +270,7 @@ def _in_turns(ways: Mapping[str, Callable[[], object]], count: int) -> dict[str,
     """Microseconds of so many calls of each way, one after the other, so that a slow moment meets all; one more does not count."""
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(count + 1):
-        for way, call in ways.items():
+        for way, call in in_turn(list(ways.items()), number):
             began = perf_counter()
             call()
             if number:

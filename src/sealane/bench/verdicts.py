@@ -1,58 +1,77 @@
 """Which of two ways is lower, said so that another run says the same; and two runs' verdicts side by side.
 
-A claim "a is below b" is judged by the medians: it `holds`, or `fails` where b is below a, if they are further apart than both the
-spread (the larger interquartile range of the two) and a margin (5 % of the smaller median, and what the quantity cannot be
-measured finer than). Anything else is `undecided`, as is what has fewer than three values: another run might say otherwise.
+The ways take turns, so each round gives a difference. What is known of the middle of all differences is the interval between two of
+them, as many places from either end as makes it cover the true median with 99 % (the sign test turned round: nothing is assumed
+of how they are distributed); of fewer than eight all of their range. A claim "a is below b"
+
+    holds         where all of the interval is above 0, however little, and fails where all of it is below
+    is alike      where it has 0 in it and lies within a margin: 5 % of what was measured, and what it cannot be measured finer than
+    is undecided  where it reaches further to both sides, and where there are fewer than three values
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, TypeAlias
 
-Verdict: TypeAlias = Literal["holds", "fails", "undecided"]
+Verdict: TypeAlias = Literal["holds", "fails", "alike", "undecided"]
 MARGIN: Final = 0.05
 LEAST_VALUES: Final = 3  # fewer have no spread to speak of
+_MISSED: Final = 0.005  # how likely the true median may be beyond one end of the interval
 RULE: Final = (
-    f"A claim holds or fails where the medians are further apart than the larger interquartile range and than {MARGIN:.0%}; "
-    "else it is undecided."
+    "A claim holds or fails where the middle difference of the rounds is, with 99 %, on one side of nothing;\n"
+    f"two ways are alike where that cannot be said, and it is within {MARGIN:.0%}; else it is undecided."
 )
 
 
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """What covers the true median with 99 %, or all of fewer than eight values; raises ValueError where there is none."""
+    if not values:
+        raise ValueError("no values")
+    ordered = sorted(values)
+    beyond, likely = 0, 0.5 ** len(ordered)
+    while likely <= _MISSED and beyond < len(ordered) // 2:
+        beyond += 1
+        likely += math.comb(len(ordered), beyond) * 0.5 ** len(ordered)
+    place = max(0, beyond - 1)
+    return ordered[place], ordered[-1 - place]
+
+
 def judge_below(lower: Sequence[float], upper: Sequence[float], *, least: float = 0.0) -> Verdict:
-    """Whether the first values are below the second ones; `least` is the smallest difference that means anything."""
-    if min(len(lower), len(upper)) < LEAST_VALUES:
+    """Whether the first values are below the second ones, which were measured in turns with them, and as often.
+
+    `least` is the smallest difference that means anything. Raises ValueError where there are not as many of both.
+    """
+    differences = [second - first for first, second in zip(lower, upper, strict=True)]
+    if len(differences) < LEAST_VALUES:
         return "undecided"
-    first, second = statistics.median(lower), statistics.median(upper)
-    apart = abs(second - first)
-    if apart <= max(spread(lower), spread(upper), MARGIN * min(abs(first), abs(second)), least):
-        return "undecided"
-    return "holds" if first < second else "fails"
+    low, high = interval(differences)
+    if low > 0 or high < 0:
+        return "holds" if low > 0 else "fails"
+    middle = min(abs(statistics.median(lower)), abs(statistics.median(upper)))
+    return "alike" if max(-low, high) <= max(MARGIN * middle, least) else "undecided"
+
+
+def difference(lower: Sequence[float], upper: Sequence[float], unit: str) -> str:
+    """What such a judgement rests on, in words."""
+    differences = [second - first for first, second in zip(lower, upper, strict=True)]
+    low, high = interval(differences)
+    return f"{statistics.median(differences):+.0f} {unit} ({low:+.0f} to {high:+.0f}) in {len(differences)} rounds"
 
 
 def judge_at_most(values: Sequence[float], most: float) -> Verdict:
-    """Whether the values are at most so much: by their median, where that is further from it than they spread."""
+    """Whether the values are at most so much, in their middle."""
     if len(values) < LEAST_VALUES:
         return "undecided"
-    middle = statistics.median(values)
-    if abs(middle - most) <= spread(values):
+    low, high = interval(values)
+    return "holds" if high <= most else "fails" if low > most else "undecided"
+
+
+def in_every_respect(verdicts: Sequence[Verdict]) -> Verdict:
+    """One verdict on a claim that was judged in several respects: it holds in all, or fails in one, where two are alike too."""
+    if not verdicts or (set(verdicts) <= {"holds", "undecided"} and "undecided" in verdicts):
         return "undecided"
-    return "holds" if middle <= most else "fails"
-
-
-def together(verdicts: Sequence[Verdict]) -> Verdict:
-    """One verdict on a claim that was judged several times: what all say that are decided, if most are."""
-    decided = {verdict for verdict in verdicts if verdict != "undecided"}
-    if len(decided) != 1 or 2 * verdicts.count("undecided") >= len(verdicts):
-        return "undecided"
-    return decided.pop()
-
-
-def spread(values: Sequence[float]) -> float:
-    """The interquartile range; of fewer than four values all of the range."""
-    if len(values) < 4:
-        return max(values) - min(values) if values else 0.0
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return high - low
+    return "holds" if set(verdicts) == {"holds"} else "fails"
 
 
 def cell(values: Sequence[float], digits: int = 0) -> str:
@@ -77,7 +96,7 @@ def claims_table(claims: Sequence[Mapping[str, Any]]) -> list[str]:
 def compare(now: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[list[str], bool]:
     """Two runs' verdicts in Markdown, and whether none contradicts the other.
 
-    `holds` against `fails` is a contradiction. Decided in one run and undecided in the other is none, but it is told.
+    Verdicts that differ contradict each other, but for `undecided`: decided in one run alone is told, and contradicts nothing.
     """
     then = {(each["where"], each["claim"]): each["verdict"] for each in before["claims"]}
     rows, counts = [], {"same": 0, "decided in one run": 0, "CONTRADICTED": 0, "not judged before": 0}
