@@ -11,6 +11,7 @@ from sealane.host.migration.checks import (
     NEEDED_CAPABILITIES,
     available_memory_bytes,
     check_free_memory,
+    check_idle,
     check_same_machine,
     check_source,
     choose_multifd_channels,
@@ -84,6 +85,24 @@ def test_a_source_needs_each_capability(missing: str) -> None:
     with pytest.raises(ControlError, match=f"the source's QEMU lacks {missing}") as raised:
         check_source(replace(HERE, capabilities=HERE.capabilities - {missing}))
     assert raised.value.code == "check.capabilities"
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        ("setup", "not Sealane's"),
+        ("active", "not Sealane's"),
+        ("pre-switchover", "not Sealane's"),
+        ("device", "one was cut in its switch"),
+        ("cancelling", "one was cut in its switch"),
+    ],
+)
+def test_a_qemu_that_is_in_a_migration_is_left_alone(status: str, words: str) -> None:
+    for idle in ("none", "completed", "failed", "cancelled"):
+        check_idle(replace(HERE, migration_status=idle))
+    with pytest.raises(ControlError, match=words) as raised:
+        check_idle(replace(HERE, migration_status=status))
+    assert raised.value.code == "vm.busy"
 
 
 def test_free_memory_counts_what_qemu_needs_beside_the_guest() -> None:

@@ -48,6 +48,15 @@ def check_lanes(channels: int, disks: int) -> None:
         raise ControlError("check.disks", f"{channels} channels and {disks} disks need more lanes than {LANES_MAX}")
 
 
+def check_idle(vm: VmDescription) -> None:
+    """Raise where the source's QEMU is in a migration, or was stranded in one (`hypervisor.stranded`)."""
+    if vm.migration_status in {"device", "cancelling"}:  # a VM that runs is in neither for long
+        words = "QEMU says that it is in a migration still; where it says so for ever, one was cut in its switch to postcopy"
+        raise ControlError("vm.busy", words, mend="restart its QEMU: until then it can migrate no more")
+    if vm.migration_status in {"setup", "active", "pre-switchover"}:
+        raise ControlError("vm.busy", "QEMU is in a migration that is not Sealane's")
+
+
 def check_source(vm: VmDescription) -> None:
     """Raise where the source's QEMU cannot do what every migration needs."""
     missing = NEEDED_CAPABILITIES - vm.capabilities

@@ -31,7 +31,7 @@ from sealane.errors import (
 from sealane.host.job import Job
 from sealane.host.migration import messages, progress, settings
 from sealane.host.migration.beginning import Beginning
-from sealane.host.migration.checks import check_postcopy, check_source
+from sealane.host.migration.checks import check_idle, check_postcopy, check_source
 from sealane.host.migration.clockwork import Clockwork, moment_of
 from sealane.host.migration.context import MigrationContext
 from sealane.host.migration.convergence import Convergence, Outlook, words_of
@@ -184,8 +184,7 @@ class SourceMigration(Job):
             raise ControlError("vm.not-running", f"QEMU says that the VM is {vm.run_state}")
         if self._request.copy_storage != "none":
             raise make_error("usage.argument", "disks are copied of domains of libvirt only")
-        if vm.migration_status in {"setup", "active", "pre-switchover", "device", "cancelling"}:
-            raise ControlError("vm.busy", "QEMU is in a migration that is not Sealane's")
+        check_idle(vm)
         self._ran_before = True
         check_source(vm)
         if self._may_postcopy:
