@@ -116,6 +116,9 @@ def test_two_runs_say_the_same() -> None:
     lines, agrees = verdicts.compare(kvm_report(), kvm_report(TOTALS | {"tls": 1200.0}, noise=0.5))
     assert agrees, "what one run leaves undecided contradicts nothing"
     assert "decided in one run" in lines[0]
+    lines, agrees = verdicts.compare(kvm_report(), kvm_report(TOTALS | {"normal": 1100.0}, noise=0.02))
+    assert agrees, "what one run cannot tell apart contradicts nothing"
+    assert "told apart in one run" in lines[0]
     lines, agrees = verdicts.compare(kvm_report(), kvm_report(TOTALS | {"hrt": 600.0}))
     assert not agrees
     assert "CONTRADICTED" in lines[0]

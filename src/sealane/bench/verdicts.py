@@ -96,18 +96,24 @@ def claims_table(claims: Sequence[Mapping[str, Any]]) -> list[str]:
 def compare(now: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[list[str], bool]:
     """Two runs' verdicts in Markdown, and whether none contradicts the other.
 
-    Verdicts that differ contradict each other, but for `undecided`: decided in one run alone is told, and contradicts nothing.
+    `holds` against `fails` is a contradiction. Decided in one run alone is none, nor told apart in one and `alike` in the other;
+    but both are told.
     """
     then = {(each["where"], each["claim"]): each["verdict"] for each in before["claims"]}
-    rows, counts = [], {"same": 0, "decided in one run": 0, "CONTRADICTED": 0, "not judged before": 0}
+    rows, counts = (
+        [],
+        dict.fromkeys(("same", "decided in one run", "told apart in one run", "CONTRADICTED", "not judged before"), 0),
+    )
     for each in now["claims"]:
         was, told = then.get((each["where"], each["claim"])), each["verdict"]
         if was is None:
             outcome = "not judged before"
         elif was == told:
             outcome = "same"
+        elif "undecided" in (was, told):
+            outcome = "decided in one run"
         else:
-            outcome = "decided in one run" if "undecided" in (was, told) else "CONTRADICTED"
+            outcome = "told apart in one run" if "alike" in (was, told) else "CONTRADICTED"
         counts[outcome] += 1
         rows.append([each["where"], each["claim"], was or "-", told, outcome])
     lines = [
