@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sealane.bench import paper, paper_kvm, paper_kvm_report, paper_sgx_report, verdicts
 from sealane.bench.paper_kvm import CpuPeak, busiest, method_of
-from sealane.bench.paper_sgx_calls import CALLS, IMAGE_WAYS, measure_calls, measure_images
+from sealane.bench.paper_sgx_calls import CALLS, IMAGE_WAYS, measure_calls, measure_images, part_medians
 from sealane.bench.turns import in_turn
 from sealane.testing.problems import RigError
 from tests.bench.reports import TOTALS, kvm_report, sgx_report
@@ -221,6 +221,12 @@ def test_peak_of_the_machine() -> None:
         sum(range(200_000))
     assert 0 <= peak.percent <= 100
     assert peak.busy_s >= 0
+
+
+def test_parts_are_judged_by_their_medians() -> None:
+    assert part_medians([float(value) for value in range(96)]) == [8 * part + 3.5 for part in range(12)]
+    assert part_medians([3.0, 1.0]) == [3.0, 1.0]
+    assert part_medians([]) == []
 
 
 @pytest.mark.skipif(not shutil.which("swtpm_setup"), reason="swtpm is not here")

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from sealane.bench.paper_sgx_calls import part_medians
 from sealane.bench.verdicts import (
     RULE,
     Verdict,
@@ -49,7 +50,7 @@ def judge(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = []
     for what, ways in images.items():
         for lower, upper, why in (("normal", "kvm", ""), ("kvm", "sealane", f"in place of SGX. {_NO_SGX}")):
-            verdict = judge_below(ways[lower], ways[upper])
+            verdict = judge_below(part_medians(ways[lower]), part_medians(ways[upper]))
             found.append(_claim("figure 11", f"{what}: {HEADS[lower]} < {_sgx(upper)}", verdict, why))
     for name, ways in calls.items():
         is_state = name.startswith("tpm_state")
