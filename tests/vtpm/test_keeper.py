@@ -374,9 +374,18 @@ def test_a_copy_that_is_put_back_while_it_runs_is_not_taken_for_swtpms(tmp_path:
         os.replace(tmp_path / "old", path)
         with pytest.raises(SealaneError, match=r"vtpm\.stale"):
             keeper.call("verify")
-    assert (keeper.record().digest, keeper.record().version) == (good.digest, good.version)
-    with pytest.raises(SealaneError, match=r"vtpm\.stale"):
-        KeeperProcess(tmp_path).start("open")
+    record = keeper.record()
+    if path.read_bytes() == old:
+        assert (record.digest, record.version) == (good.digest, good.version)
+        with pytest.raises(SealaneError, match=r"vtpm\.stale"):
+            KeeperProcess(tmp_path).start("open")
+        return
+    # swtpm 0.8 and newer shut their TPM down at their end, and so write what it has over what was put back
+    assert record.digest == digest_of(path.read_bytes())
+    assert record.version == good.version + 1
+    with running(tmp_path, "open") as (keeper, qemu):
+        assert qemu.init() == 0
+        keeper.call("verify")
 
 
 @pytest.mark.parametrize("call", ["nothing", "taken"])
