@@ -11,6 +11,7 @@ of how they are distributed); of fewer than eight all of their range. A claim "a
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, TypeAlias
 
@@ -100,27 +101,30 @@ def compare(now: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[list[str
     but both are told.
     """
     then = {(each["where"], each["claim"]): each["verdict"] for each in before["claims"]}
-    rows, counts = (
-        [],
-        dict.fromkeys(("same", "decided in one run", "told apart in one run", "CONTRADICTED", "not judged before"), 0),
-    )
+    rows, outcomes = [], {"the paper's claims": Counter[str](), "beside the paper": Counter[str]()}
     for each in now["claims"]:
-        was, told = then.get((each["where"], each["claim"])), each["verdict"]
-        if was is None:
-            outcome = "not judged before"
-        elif was == told:
-            outcome = "same"
-        elif "undecided" in (was, told):
-            outcome = "decided in one run"
-        else:
-            outcome = "told apart in one run" if "alike" in (was, told) else "CONTRADICTED"
-        counts[outcome] += 1
-        rows.append([each["where"], each["claim"], was or "-", told, outcome])
+        was = then.get((each["where"], each["claim"]))
+        outcome = _outcome(was, each["verdict"])
+        outcomes["beside the paper" if each.get("ours") else "the paper's claims"][outcome] += 1
+        rows.append([each["where"], each["claim"], was or "-", each["verdict"], outcome])
+    said = [
+        f"{whose}: {', '.join(f'{count} {outcome}' for outcome, count in counts.items())}, of {counts.total()}"
+        for whose, counts in outcomes.items()
+        if counts
+    ]
     lines = [
-        f"The run of {before['made_at']} and this one: "
-        + ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-        + f", of {len(rows)} verdicts.",
+        f"The run of {before['made_at']} and this one. Verdicts on {'; '.join(said)}.",
         "",
         *table(("figure or table", "claim", "then", "now", ""), rows),
     ]
-    return lines, not counts["CONTRADICTED"]
+    return lines, not any(counts["CONTRADICTED"] for counts in outcomes.values())
+
+
+def _outcome(was: Verdict | None, told: Verdict) -> str:
+    if was is None:
+        return "not judged before"
+    if was == told:
+        return "same"
+    if "undecided" in (was, told):
+        return "decided in one run"
+    return "told apart in one run" if "alike" in (was, told) else "CONTRADICTED"
