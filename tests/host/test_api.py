@@ -220,6 +220,7 @@ async def test_migrations_that_cannot_begin(client: httpx.AsyncClient, agent: Ag
         problem(await client.post("/v1/migrations", json={"vm": vm, "host": host}), code, status)
     await agent.jobs.stop(0)
     problem(await client.post("/v1/migrations", json={"vm": "web01", "host": "host-b"}), "agent.stopping", 503)
+    assert agent.store.migrations() == []
 
 
 async def test_ready_is_said_before_what_was_left_is_recovered(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,8 +259,11 @@ async def test_a_recovery_that_fails_is_tried_again(paths: Paths, monkeypatch: p
     agent.store.journal(migration(1, state="copying"))
     life = asyncio.create_task(agent.run())
     await asyncio.wait_for(thrice.wait(), PATIENCE_S)
+    assert not life.done()
+    assert agent.jobs.active_for("web01")  # not settled, and held
     agent.stop()
     await asyncio.wait_for(life, PATIENCE_S)
+    assert tries == [3]
 
 
 async def test_a_life_on_a_real_socket(paths: Paths) -> None:

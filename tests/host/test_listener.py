@@ -233,7 +233,7 @@ async def test_a_preface_that_waits_in_the_backlog_is_not_pushed_out_by_what_com
                 client.send(channel(1))
 
     crowd()  # without giving the loop a turn
-    await port.reception(1)
+    assert (await port.reception(1)).connection is not None
 
 
 async def test_strangers_are_bounded_and_the_oldest_goes(port: Port) -> None:

@@ -47,10 +47,14 @@ def say(*messages: bytes, agreed: Agreed = AGREED) -> RpcFilter:
     return rpc
 
 
-def refuses(rpc: RpcFilter, said: bytes, words: str) -> None:
-    with pytest.raises(PeerError, match=words) as raised:
+def refusal(rpc: RpcFilter, said: bytes) -> str:
+    """What the filter says of it; that it refuses it, and stays where it was, is seen to here."""
+    phase = rpc.phase
+    with pytest.raises(PeerError) as raised:
         rpc.from_source(said)
     assert raised.value.code == "libvirt.refused"
+    assert rpc.phase is phase
+    return str(raised.value)
 
 
 def test_a_migration_goes_through() -> None:
@@ -67,8 +71,8 @@ def test_a_session_is_opened_with_what_its_client_sends_along() -> None:
     agreed = Agreed("qemu:///session", DOMAIN, SOCKET)
     assert say(auth_list(), connect_open("qemu:///session", flags=6), agreed=agreed).phase is Phase.OPEN
     for flags in (1, 8, 7):
-        refuses(
-            say(auth_list(), agreed=agreed), connect_open("qemu:///session", flags=flags), "a connection with flags"
+        assert "a connection with flags" in refusal(
+            say(auth_list(), agreed=agreed), connect_open("qemu:///session", flags=flags)
         )
 
 
@@ -103,7 +107,7 @@ def test_lookups_of_the_domain_and_keepalive_go_through() -> None:
     ],
 )
 def test_what_comes_out_of_turn_is_refused(before: list[bytes], said: bytes, words: str) -> None:
-    refuses(say(*before), said, words)
+    assert words in refusal(say(*before), said)
 
 
 # ---- programs, procedures, kinds of message
@@ -123,11 +127,11 @@ def test_what_comes_out_of_turn_is_refused(before: list[bytes], said: bytes, wor
     ],
 )
 def test_other_kinds_of_message_are_refused(said: bytes, words: str) -> None:
-    refuses(RpcFilter(AGREED), said, words)
+    assert words in refusal(RpcFilter(AGREED), said)
 
 
 def test_a_keepalive_with_a_body_is_refused() -> None:
-    refuses(RpcFilter(AGREED), message(1, b"more", kind=2, program=0x6B656570), "keepalive")
+    assert "keepalive" in refusal(RpcFilter(AGREED), message(1, b"more", kind=2, program=0x6B656570))
 
 
 def test_every_other_procedure_is_refused() -> None:
@@ -143,7 +147,7 @@ def test_every_other_procedure_is_refused() -> None:
         Procedure.DOMAIN_MIGRATE_FINISH3_PARAMS,
     }
     for number in set(range(500)) - allowed:
-        refuses(say(*opened()), message(number, serial=9), f"procedure {number}")
+        assert f"procedure {number}" in refusal(say(*opened()), message(number, serial=9))
 
 
 # ---- arguments
@@ -159,7 +163,7 @@ def test_every_other_procedure_is_refused() -> None:
     ],
 )
 def test_another_connection_is_refused(said: bytes, words: str) -> None:
-    refuses(say(auth_list()), said, words)
+    assert words in refusal(say(auth_list()), said)
 
 
 @pytest.mark.parametrize(
@@ -172,11 +176,11 @@ def test_another_connection_is_refused(said: bytes, words: str) -> None:
     ],
 )
 def test_another_domain_is_refused(said: bytes) -> None:
-    refuses(say(*opened()), said, "another domain")
+    assert "another domain" in refusal(say(*opened()), said)
 
 
 def test_a_state_with_flags_is_refused() -> None:
-    refuses(say(*opened()), get_state(flags=1), "flags")
+    assert "flags" in refusal(say(*opened()), get_state(flags=1))
 
 
 def prepared_with(**changes: str | int) -> bytes:
@@ -215,7 +219,7 @@ def prepared_with(**changes: str | int) -> bytes:
     ],
 )
 def test_another_migration_is_refused(said: bytes, words: str) -> None:
-    refuses(say(*opened()), said, words)
+    assert words in refusal(say(*opened()), said)
 
 
 @pytest.mark.parametrize(
@@ -229,15 +233,15 @@ def test_another_migration_is_refused(said: bytes, words: str) -> None:
     ],
 )
 def test_another_end_is_refused(said: bytes, words: str) -> None:
-    refuses(say(*opened(), prepare()), said, words)
+    assert words in refusal(say(*opened(), prepare()), said)
 
 
 def test_disks_go_where_it_was_agreed_and_nowhere_else() -> None:
     disk = FLAGS | MigrateFlag.NON_SHARED_DISK
     values = {"migrate_uri": SOCKET, "destination_xml": domain_xml(), "disks_uri": DISKS.disks_uri}
     say(*opened(), prepare(values, flags=disk), agreed=DISKS)
-    refuses(
-        say(*opened(), agreed=DISKS), prepare({**values, "disks_uri": "tcp://0.0.0.0:1"}, flags=disk), "this disks_uri"
+    assert "this disks_uri" in refusal(
+        say(*opened(), agreed=DISKS), prepare({**values, "disks_uri": "tcp://0.0.0.0:1"}, flags=disk)
     )
 
 
@@ -275,7 +279,7 @@ def test_disks_that_are_copied_are_those_that_were_agreed(disks: str) -> None:
     below = DISK.replace("<target", "<backingStore type='file'><source file='/images/base'/></backingStore><target")
     for fitting in (DISK, DISK + kept, below):
         assert say(*opened(), said(fitting), agreed=agreed).has_prepared
-    refuses(say(*opened(), agreed=agreed), said(disks), "disk")
+    assert "disk" in refusal(say(*opened(), agreed=agreed), said(disks))
 
 
 def test_it_is_prepared_when_libvirtd_says_so() -> None:
@@ -290,10 +294,10 @@ def test_calls_that_wait_are_bounded_and_have_serials_of_their_own() -> None:
     rpc = say(*opened())
     for serial in range(RPC_CALLS_WAITING_MAX):
         rpc.from_source(feature(serial=100 + serial))
-    refuses(rpc, feature(serial=99), "more calls at once")
+    assert "more calls at once" in refusal(rpc, feature(serial=99))
     rpc = say(*opened())
     rpc.from_source(feature(serial=7))
-    refuses(rpc, feature(serial=7), "more calls at once")
+    assert "more calls at once" in refusal(rpc, feature(serial=7))
 
 
 # ---- what is no protocol at all
