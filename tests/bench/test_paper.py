@@ -225,6 +225,7 @@ def test_peak_of_the_machine() -> None:
 
 def test_parts_are_judged_by_their_medians() -> None:
     assert part_medians([float(value) for value in range(96)]) == [8 * part + 3.5 for part in range(12)]
+    assert len(part_medians([1.0] * 100)) == 12
     assert part_medians([3.0, 1.0]) == [3.0, 1.0]
     assert part_medians([]) == []
 

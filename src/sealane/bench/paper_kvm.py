@@ -121,7 +121,7 @@ def _machine_ticks() -> tuple[int, int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(NAME, __doc__)
-    parser.add_argument("--runs", type=int, default=5, help="how often each way is taken (default 5)")
+    parser.add_argument("--runs", type=int, default=15, help="how often each way is taken (default 15)")
     parser.add_argument(
         "--memory", type=int, nargs="+", default=[128, 256, 512], metavar="MIB", help="guests (128 256 512)"
     )

@@ -94,7 +94,9 @@ def _judge_pair(
         return None
     verdict = judge_below(first, second, least=LEAST[metric])
     is_full = metric == "peak_cpu_percent" and statistics.median([*first, *second]) >= _FULL_PERCENT
-    why = _FULL if is_full else _WHY[metric].get(f"{lower} < {upper} {verdict}", "")
+    why = (
+        _FULL if is_full and verdict in {"alike", "undecided"} else _WHY[metric].get(f"{lower} < {upper} {verdict}", "")
+    )
     why = f"{difference(first, second, _UNITS[metric])}. {why}".rstrip()
     return {"claim": f"{_head(lower)} < {_head(upper)}", "verdict": verdict, "why": why}
 

@@ -52,20 +52,22 @@ def measure_images(count: int) -> Figures:
     In parts of the same size, each with TPMs of its own: two processes of the same program differ more than the ways may.
     """
     found: Figures = {what: {way: [] for way in IMAGE_WAYS} for what in ("write", "read")}
-    for _ in range(min(IMAGE_PARTS, count)):
-        for what, ways in _measure_images(max(1, count // IMAGE_PARTS)).items():
+    for begin, end in _parts(count):
+        for what, ways in _measure_images(end - begin).items():
             for way, taken in ways.items():
                 found[what][way] += taken
     return found
 
 
+def _parts(count: int) -> list[tuple[int, int]]:
+    """Where each part of so many calls begins and ends."""
+    parts = min(IMAGE_PARTS, count)
+    return [(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
+
+
 def part_medians(values: Sequence[float]) -> list[float]:
     """What each part of `measure_images` comes to."""
-    parts = min(IMAGE_PARTS, len(values))
-    return [
-        statistics.median(values[len(values) * part // parts : len(values) * (part + 1) // parts])
-        for part in range(parts)
-    ]
+    return [statistics.median(values[begin:end]) for begin, end in _parts(len(values))]
 
 
 def _measure_images(count: int) -> Figures:
