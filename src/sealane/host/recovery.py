@@ -267,7 +267,8 @@ class Recovery:
         detail = entry.migration.detail
         try:
             async with self._machine(entry) as machine:
-                if await machine.run_state() == "postmigrate" or await _keeps_half(machine) or await _is_whole(machine):
+                is_given_up = entry.migration.resolution is not None and await _is_whole(machine)
+                if is_given_up or await machine.run_state() == "postmigrate" or await _keeps_half(machine):
                     await machine.quit()
                 elif entry.migration.runs_at == "nowhere":
                     detail = f"{detail}; but the QEMU that is here keeps no half, and was left alone"
