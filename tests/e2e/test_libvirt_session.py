@@ -2,7 +2,7 @@
 
 import pytest
 
-from sealane.testing.libvirt import DomainSpec, libvirtd_works, make_libvirt_pair
+from sealane.testing.libvirt import DomainSpec, Libvirt, all_libvirts, libvirtd_works, make_libvirt_pair
 from sealane.testing.machine import Hardware, Workload
 from tests.e2e.domains import DomainRig
 
@@ -15,8 +15,9 @@ SPEC = DomainSpec(name="mine", hardware=Hardware(memory_mib=96), workload=Worklo
 SETTINGS = 'libvirt = ["qemu:///session"]\n'
 
 
-def test_a_domain_of_a_session_moves() -> None:
-    with make_libvirt_pair(SETTINGS, is_session=True) as hosts:
+@pytest.mark.parametrize("libvirt", all_libvirts() if libvirtd_works() else [], ids=lambda each: each.name)
+def test_a_domain_of_a_session_moves(libvirt: Libvirt) -> None:
+    with make_libvirt_pair(SETTINGS, libvirt=libvirt, is_session=True) as hosts:
         assert hosts.libvirts[0].host.run("id", "-u").stdout.strip() == "1000"
         hosts.start_domain(SPEC, hosts.libvirts[0])
         rig = DomainRig(hosts, hosts.pair.a, hosts.pair.b, SPEC)

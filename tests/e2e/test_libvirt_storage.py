@@ -14,7 +14,7 @@ import pytest
 from sealane.host.models import Migration
 from sealane.session.preface import PREFACE_BYTES, ConnectionKind, parse_preface
 from sealane.testing.console import ConsoleLog
-from sealane.testing.libvirt import DomainSpec, LibvirtHost, libvirtd_works, make_libvirt_pair
+from sealane.testing.libvirt import DomainSpec, LibvirtHost, all_libvirts, libvirtd_works, make_libvirt_pair
 from sealane.testing.machine import Hardware, Workload
 from sealane.testing.plainlibvirt import migrate_plainly
 from sealane.testing.wiretap import Direction, Recorder
@@ -99,7 +99,8 @@ class FlipOnLane:
 
 @pytest.fixture(scope="module")
 def moving() -> Iterator[StoreRig]:
-    with make_libvirt_pair() as hosts:
+    """With the oldest libvirt that is here; `test_libvirt.py` takes the latest."""
+    with make_libvirt_pair(libvirt=all_libvirts()[0]) as hosts:
         for each in hosts.libvirts:
             each.outside(IMAGES).mkdir()
         hosts.start_domain(SPEC, hosts.libvirts[0])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sealane.testing.libvirt import libvirtd_works, make_libvirt_hosts
+from sealane.testing.libvirt import Libvirt, all_libvirts, libvirtd_works, make_libvirt_hosts
 
 pytestmark = [
     pytest.mark.e2e,
@@ -10,8 +10,9 @@ pytestmark = [
 ]
 
 
-def test_two_daemons_know_nothing_of_each_other_and_leave_nothing() -> None:
-    with make_libvirt_hosts() as (a, b):
+@pytest.mark.parametrize("libvirt", all_libvirts() if libvirtd_works() else [], ids=lambda each: each.name)
+def test_two_daemons_know_nothing_of_each_other_and_leave_nothing(libvirt: Libvirt) -> None:
+    with make_libvirt_hosts(libvirt=libvirt) as (a, b):
         assert a.virsh("hostname").strip() == "host-a"
         assert b.virsh("hostname").strip() == "host-b"
         uuids = {end.virsh("capabilities").split("<uuid>")[1].split("<")[0] for end in (a, b)}

@@ -4,6 +4,8 @@ What libvirtd keeps lies in the host's own directories, bound over the system's;
 the migration sockets: libvirt uses one path at both ends. The first process of the PID namespace reaps what daemons leave,
 and dies with the test run; the kernel then ends all the others, QEMUs included. Needs root and Debian's
 libvirt-daemon-driver-qemu.
+
+Which libvirt: `all_libvirts`. One that is not the system's lies unpacked in a directory, and is bound over it file by file.
 """
 
 import os
@@ -11,9 +13,10 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -23,10 +26,10 @@ from sealane.testing.accel import choose_accel
 from sealane.testing.console import ConsoleLog
 from sealane.testing.hosts import BackgroundProcess, SimulatedHost, make_hosts, namespaces_work
 from sealane.testing.machine import POLL_S, Hardware, Workload
-from sealane.testing.packages import kernel
+from sealane.testing.packages import kernel, private_libvirt
 from sealane.testing.pair import AgentHost, HostPair
 from sealane.testing.problems import RigError
-from sealane.testing.qemu import QemuBinary, all_qemus
+from sealane.testing.qemu import QemuBinary, all_qemus, find_qemu
 
 USER: Final = 1000
 _RUNTIME: Final = f"/run/user/{USER}"
@@ -62,7 +65,9 @@ dynamic_ownership = 0
 swtpm_user = "root"
 swtpm_group = "root"
 """
-# of a libvirt that lies unpacked somewhere (SEALANE_LIBVIRT)
+LIBVIRT_VARIABLE: Final = "SEALANE_LIBVIRT"
+_SYSTEM: Final = Path("/")
+# of a libvirt that lies unpacked somewhere
 _PARTS: Final = (
     "usr/sbin/libvirtd",
     "usr/bin/virsh",
@@ -78,16 +83,52 @@ _ACCOUNTS: Final = {
 }
 
 
-def _other_libvirt() -> list[str]:
-    """What puts the libvirt that is asked for in place of the system's: mount(8), file by file."""
-    root = Path(os.environ.get("SEALANE_LIBVIRT") or "/")
-    if root == Path("/"):
-        return []
-    found = [each for pattern in _PARTS for each in sorted(root.glob(pattern))]
-    if not found:
-        raise RigError(f"SEALANE_LIBVIRT={root} holds no libvirt")
-    targets = ((each, "/" / each.relative_to(root)) for each in found)
-    return [f"mount --bind {each} {target}" for each, target in targets if target.exists()]
+@dataclass(frozen=True)
+class Libvirt:
+    """A libvirt below `root`, and the QEMU that its domains get."""
+
+    root: Path
+    emulator: QemuBinary
+
+    @property
+    def name(self) -> str:
+        """For the names of tests."""
+        return "system" if self.root == _SYSTEM else "later"
+
+    def mounts(self) -> list[str]:
+        """What puts it in place of the system's: commands of mount(8)."""
+        if self.root == _SYSTEM:
+            return []
+        found = [each for pattern in _PARTS for each in sorted(self.root.glob(pattern))]
+        if not found:
+            raise RigError(f"{self.root} holds no libvirt")
+        targets = ((each, _SYSTEM / each.relative_to(self.root)) for each in found)
+        return [f"mount --bind {each} {target}" for each, target in targets if target.exists()]
+
+
+@cache
+def all_libvirts() -> tuple[Libvirt, ...]:
+    """Every libvirt that is here, oldest first; with SEALANE_LIBVIRT (a root directory, `/` for the system's) only that one.
+
+    The system's has the system's QEMU: libvirt 9.0 cannot talk to a QEMU of 2025. Where that QEMU's migrations cannot be trusted
+    here (it loses pages under TCG), a later libvirt is fetched, which has `find_qemu`'s.
+    """
+    if named := os.environ.get(LIBVIRT_VARIABLE):
+        return (_libvirt_below(Path(named)),)
+    found = [_libvirt_below(_SYSTEM)]
+    if find_qemu() != found[0].emulator:
+        with suppress(RigError):  # none to be had for this release
+            found.append(_libvirt_below(private_libvirt()))
+    return tuple(found)
+
+
+def _libvirt_below(root: Path) -> Libvirt:
+    if root != _SYSTEM:
+        return Libvirt(root, find_qemu())
+    for each in all_qemus():
+        if each.source == "system":
+            return Libvirt(root, each)
+    raise RigError("there is no system's QEMU here")
 
 
 def libvirtd_works() -> bool:
@@ -100,6 +141,7 @@ class LibvirtHost:
     """A simulated host with its libvirtd; `host` starts processes inside all of its namespaces."""
 
     host: SimulatedHost
+    libvirt: Libvirt
     is_session: bool = False
     daemon: BackgroundProcess | None = None
     _holder: BackgroundProcess | None = field(default=None, repr=False)
@@ -158,7 +200,7 @@ class LibvirtHost:
             binds.append(f"mount --bind {mine} {system}")
         for name in ("libvirt", "lock"):
             (self._bound("/run") / name).mkdir()
-        binds += _other_libvirt()
+        binds += self.libvirt.mounts()
         etc = self._bound("/etc/libvirt")
         (etc / "libvirtd.conf").write_text(_DAEMON_CONF.format(uuid=uuid.uuid5(uuid.NAMESPACE_DNS, self.host.name)))
         (etc / "qemu.conf").write_text(_QEMU_CONF + _ROOTS_QEMU_CONF)
@@ -208,9 +250,9 @@ class DomainSpec:
     metadata: str = ""
     devices: str = ""
 
-    def xml(self, host: LibvirtHost, qemu: QemuBinary | None = None) -> str:
+    def xml(self, host: LibvirtHost) -> str:
         """The domain's description for this host; its console goes to `console(host)`."""
-        emulator = qemu or find_emulator()
+        emulator = host.libvirt.emulator
         kind = choose_accel("auto", emulator).name
         cpu = "<cpu mode='host-passthrough'/>" if kind == "kvm" else "<cpu mode='custom'><model>qemu64</model></cpu>"
         return f"""\
@@ -253,26 +295,18 @@ class DomainSpec:
             time.sleep(POLL_S)
 
 
-def find_emulator() -> QemuBinary:
-    """The QEMU that libvirt takes: the system's, as libvirt 9.0 cannot talk to a QEMU of 2025."""
-    for each in all_qemus():
-        if each.source == "system":
-            return each
-    raise RigError("there is no system's QEMU here")
-
-
 @contextmanager
 def make_libvirt_hosts(
-    names: Sequence[str] = ("host-a", "host-b"), *, is_session: bool = False
+    names: Sequence[str] = ("host-a", "host-b"), *, libvirt: Libvirt | None = None, is_session: bool = False
 ) -> Iterator[list[LibvirtHost]]:
-    """Hosts that reach one another, libvirtd up on each, a user's where `is_session`; all of it goes away at the end, also after
-    a failure."""
+    """Hosts that reach one another, libvirtd up on each (the latest that is here), a user's where `is_session`; all of it goes
+    away at the end, also after a failure."""
     if not libvirtd_works():
         raise RigError(f"no libvirtd, or no right to make namespaces (uid {os.geteuid()})")
     with ExitStack() as stack:
         ends = []
         for host in stack.enter_context(make_hosts(names, network="netns")):
-            end = LibvirtHost(host, is_session)
+            end = LibvirtHost(host, libvirt or all_libvirts()[-1], is_session)
             end.enter_namespaces()
             end.start_daemon()
             ends.append(end)
@@ -299,9 +333,11 @@ class LibvirtPair:
 
 
 @contextmanager
-def make_libvirt_pair(settings: str = "", *, is_session: bool = False) -> Iterator[LibvirtPair]:
+def make_libvirt_pair(
+    settings: str = "", *, libvirt: Libvirt | None = None, is_session: bool = False
+) -> Iterator[LibvirtPair]:
     """Two libvirtd and two agents, a user's where `is_session`; everything goes away at the end."""
-    with make_libvirt_hosts(is_session=is_session) as (first, second):
+    with make_libvirt_hosts(libvirt=libvirt, is_session=is_session) as (first, second):
         ends = []
         for each in (first, second):
             identity = create_identity(each.host.name, now=datetime.now(UTC), lifetime_days=30)

@@ -18,6 +18,15 @@ from sealane.testing.problems import RigError
 
 KERNEL_VARIABLE = "SEALANE_KERNEL"
 _QEMU_PACKAGES = ("qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabios")
+_LIBVIRT_PACKAGES = (
+    "libvirt0",
+    "libvirt-clients",
+    "libvirt-common",
+    "libvirt-daemon",
+    "libvirt-daemon-common",
+    "libvirt-daemon-driver-qemu",
+    "libvirt-daemon-log",
+)
 _FETCH_TIMEOUT_S = 300
 _LIBRARY = re.compile(r"(?!.*-(data|common|modules|runtime|bin|base)\b)(lib|zlib)[a-z0-9.+-]+")
 
@@ -39,8 +48,13 @@ def kernel() -> Path:
 
 def private_qemu() -> Path:
     """A `qemu-system-x86_64` from Debian's backports, unpacked into the cache; it finds its firmware by itself."""
-    directory = build_once(f"qemu-{_debian_release()}-backports", _fetch_qemu)
+    directory = build_once(f"qemu-{_debian_release()}-backports", lambda made: _fetch_backports(made, _QEMU_PACKAGES))
     return directory / "usr/bin/qemu-system-x86_64"
+
+
+def private_libvirt() -> Path:
+    """The root directory of a libvirt from Debian's backports, unpacked into the cache: `usr/sbin/libvirtd` and all that it has."""
+    return build_once(f"libvirt-{_debian_release()}-backports", lambda made: _fetch_backports(made, _LIBVIRT_PACKAGES))
 
 
 def unpacked(name: str, packages: Sequence[str]) -> Path:
@@ -201,11 +215,11 @@ def _fetch_kernel(directory: Path) -> None:
     shutil.rmtree(work)
 
 
-def _fetch_qemu(directory: Path) -> None:
+def _fetch_backports(directory: Path, packages: Sequence[str]) -> None:
     codename = release()[1]
     work = _scratch(directory)
     apt = _PrivateApt(work / "apt", codename)
-    for package in _QEMU_PACKAGES:
+    for package in packages:
         apt.unpack(f"{package}/{codename}-backports", directory)
     shutil.rmtree(work)
 
