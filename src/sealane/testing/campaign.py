@@ -4,8 +4,8 @@ It goes two ways, one after the other: precopy, and postcopy (`trips.py`). On ea
 notes every point that is reached. Then each fault is injected at each of these points, one at a time, in an order that
 follows from the seed; then, on the way of precopy, faults while a doubt is resolved; then pairs: a single fault, and a second
 one at a point that was reached after it, perhaps in the recovery from it. `--count`, `--doubts` and `--pairs` bound how many,
-on each way; `--minutes` how long it lasts. What an earlier run's file holds need not be done again (`--after`). The exit
-status is 0 where everything held after every fault.
+on each way; `--minutes` how long it lasts. What an earlier run's file holds need not be done again (`--after`), and several
+runs side by side can share what is left (`--part`). The exit status is 0 where everything held after every fault.
 """
 
 import argparse
@@ -14,10 +14,11 @@ import random
 import statistics
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Literal, get_args
 
@@ -60,16 +61,41 @@ class OutOfTime(Exception):
     """The time that the campaign was given is over."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of `of` runs that share the single faults and the doubts; by their names, as each run finds them in its own order."""
+
+    number: int = 1
+    of: int = 1
+
+    @classmethod
+    def parse(cls, told: str) -> "Part":
+        """From `2/4`; raises ValueError."""
+        number, _, of = told.partition("/")
+        part = cls(int(number), int(of))
+        if not 1 <= part.number <= part.of:
+            raise ValueError(told)
+        return part
+
+    def holds(self, injection: Injection) -> bool:
+        """Whether it is this run's."""
+        return zlib.crc32(str(injection).encode()) % self.of == self.number - 1
+
+
+ALL: Final = Part()
+
+
 class Campaign:
     """Runs attempts one after the other, with a fresh rig where the last one is worn; raises OutOfTime after `deadline`
     (monotonic clock, seconds)."""
 
-    def __init__(self, seed: int, deadline: float | None = None, done: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, seed: int, deadline: float | None = None, done: frozenset[str] = frozenset(), part: Part = ALL
+    ) -> None:
         """`done`: single faults that are left out, as they call themselves."""
-        self.seed = seed
-        self._deadline, self._done = deadline, done
+        self._deadline, self._done, self._part = deadline, done, part
         self.outcomes: list[Outcome] = []
-        self._random = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
+        self._random = random.Random(f"{seed} {part.number}")  # noqa: S311 - to be repeated, not to be secret
         self._traces: dict[Injection, list[str]] = {}
         self._stack = ExitStack()
         self._rig: CampaignRig | None = None
@@ -107,8 +133,8 @@ class Campaign:
         return found
 
     def left(self, singles: Sequence[Injection]) -> list[Injection]:
-        """Those that no earlier run had."""
-        return [each for each in singles if str(each) not in self._done]
+        """Those of this part that no earlier run had."""
+        return [each for each in singles if self._part.holds(each) and str(each) not in self._done]
 
     def pairs(self, singles: Sequence[Injection]) -> Iterator[list[Injection]]:
         """A single fault, and one more at a point that is reached after it; endless."""
@@ -128,7 +154,8 @@ class Campaign:
             outcome = self._attempt([opening], PRECOPY)
             if outcome.problems or not outcome.ending.startswith("in-doubt"):
                 raise RigError(f"{opening}: {outcome.ending}, {outcome.problems}")
-            found += [[opening, each] for each in self.singles(outcome.trace[outcome.traced_when_fired :])]
+            later = self.singles(outcome.trace[outcome.traced_when_fired :])
+            found += [[opening, each] for each in later if self._part.holds(each)]
         self._random.shuffle(found)
         return found
 
@@ -283,6 +310,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, help="begin nothing more after that time [no limit]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every outcome there, as it comes")
     parser.add_argument("--after", type=Path, nargs="+", metavar="FILE", help="no single fault that such files hold")
+    parser.add_argument(
+        "--part", type=Part.parse, default=ALL, metavar="K/N", help="the K-th of N runs side by side [1/1]"
+    )
     parser.add_argument("--draw", type=Path, nargs="+", metavar="FILE", help="only draw the tables of such files")
     arguments = parser.parse_args()
     if arguments.draw:
@@ -298,7 +328,7 @@ def main() -> int:
     )
     report, begun = Report(arguments.seed, arguments.json), time.monotonic()
     deadline = None if arguments.minutes is None else begun + arguments.minutes * 60
-    campaign = Campaign(arguments.seed, deadline, done)
+    campaign = Campaign(arguments.seed, deadline, done, arguments.part)
     try:
         count = sys.maxsize if arguments.count is None else arguments.count
         with suppress(OutOfTime):
