@@ -17,6 +17,7 @@ from collections.abc import Callable
 from sealane.enclave import landlock, launcher, sandbox
 from sealane.enclave.seccomp import SystemCallFilter
 
+HOLD_BYTES = 32 << 20
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -49,8 +50,16 @@ def mount() -> None:
     checked(LIBC.mount(b"none", b"/tmp", b"tmpfs", 0, None))
 
 
+HELD: list[bytearray] = []
+
+
+def hold() -> None:
+    HELD.append(bytearray(os.urandom(HOLD_BYTES)))
+
+
 ACTS: dict[str, Callable[[], object]] = {
     "nothing": lambda: None,
+    "hold": hold,
     "open": lambda: os.close(os.open("/etc/passwd", os.O_RDONLY)),
     "create": lambda: os.close(os.open(os.environ["TMP_FILE"], os.O_CREAT | os.O_WRONLY)),
     "connect": connect,
@@ -83,6 +92,12 @@ def without(removed: set[str]) -> None:
         sandbox._drop_capabilities = lambda: None
     if "limits" in removed:
         sandbox.resource = type("NoLimits", (), {**vars(resource), "setrlimit": staticmethod(lambda *_: None)})  # type: ignore[attr-defined, assignment]
+    if "memory" in removed:
+        sandbox._lock_memory = lambda: ""
+    if "locked memory's limit" in removed:
+        told = resource.getrlimit
+        none = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.getrlimit = lambda which: none if which == resource.RLIMIT_MEMLOCK else told(which)
     if "descriptors" in removed:
         os.closerange = lambda *_: None
 

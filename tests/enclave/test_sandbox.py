@@ -19,10 +19,11 @@ import pytest
 from sealane.enclave import landlock
 from sealane.enclave.interface import LAUNCHER_ENVIRONMENT, socket_pair
 from sealane.enclave.launcher import PACKET_MAX, REQUEST, STARTED
-from sealane.enclave.sandbox import MEASURES, REQUIRED, STRICT, Sandbox, why_not
+from sealane.enclave.sandbox import MEASURES, REQUIRED, STRICT, Sandbox, _lock_memory, why_not
 from sealane.enclave.seccomp import TABLE, SystemCallFilter
 from sealane.errors import HostError
 from sealane.host.migration.enclave_launcher import ENCLAVE_USER, enclave_ids
+from tests.enclave.probe import HOLD_BYTES
 from tests.enclave.rig import PATIENCE_S, Enclave, a_launcher
 from tests.session.rig import SOURCE
 
@@ -189,6 +190,29 @@ def test_nobody_of_its_user_reads_its_memory() -> None:
         assert from_outside(seen.pid) == ["mem", "ptrace"]
 
 
+@pytest.mark.skipif(not AS_ROOT, reason="only root may lock so much wherever the tests run")
+def test_its_memory_is_never_swapped_out() -> None:
+    """What it has, and what it takes once it is in the sandbox. CAP_IPC_LOCK stands for a limit that not every root can lift."""
+    with probed("hold", "calls", "files", "capabilities", "locked memory's limit", own_user=False) as seen:
+        assert seen.outcome == "done"
+        assert seen.measures["memory"] == ""
+        assert locked_bytes(seen.pid) > HOLD_BYTES
+    with probed("hold", "calls", "files", "capabilities", "memory", own_user=False) as seen:
+        assert locked_bytes(seen.pid) == 0
+
+
+def locked_bytes(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmLck:")[1].split()[0]) * 1024
+
+
+def test_memory_is_not_locked_within_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mapping that reaches the limit would end a migration in mid-copy."""
+    monkeypatch.setattr("resource.getrlimit", lambda _: (8 << 20, 8 << 20))
+    assert _lock_memory() == "RLIMIT_MEMLOCK is 8192 KiB"
+    assert locked_bytes(os.getpid()) == 0
+
+
 # ---- what it says of itself
 
 
@@ -199,6 +223,7 @@ def test_all_of_it_holds_here() -> None:
         lacking = {name for name, why in enclave.measures.items() if why}
         assert not lacking & REQUIRED
         assert (enclave.measures["user"] == "") == AS_ROOT
+        assert (enclave.measures["memory"] == "") == (locked_bytes(enclave.pid) > 0)
 
 
 @pytest.mark.parametrize("measure", ["privileges", "dumpable", "limits", "descriptors"])

@@ -167,9 +167,7 @@ def _hidden_memory() -> Finding:
     problem = probes.memfd_secret_problem()
     kernel = "which this kernel has" if problem is None else f"which this kernel has not: {problem}"
     found = f"not used ({kernel}): keys lie in the enclave's ordinary memory, closed to other users and processes, open to root"
-    return Finding(
-        "memfd_secret", "warning", found, "keep the swap encrypted, or have none: that memory can be swapped out"
-    )
+    return Finding("memfd_secret", "warning", found, "see `sandbox memory` for what keeps keys out of the swap")
 
 
 _SANDBOX_MENDS: Final = {
@@ -177,6 +175,7 @@ _SANDBOX_MENDS: Final = {
     "capabilities": "see which capabilities the agent is started with",
     "privileges": "a kernel with no_new_privs (Linux 3.5)",
     "dumpable": "please report it",
+    "memory": "run the agent as root, or give it LimitMEMLOCK=infinity; else encrypt the swap, or have none",
     "descriptors": "please report it",
     "limits": "let the agent raise no limits of its children: see the unit's Limit lines",
     "files": _KERNEL_MENDS["Landlock"],

@@ -8,6 +8,7 @@ where a measure cannot be had: the enclave reports each by name, and the agent, 
     capabilities   none
     privileges     no_new_privs: no set-uid program gives it any
     dumpable       not readable by ptrace(2) or /proc/PID/mem, also by its own user; no core dump
+    memory         all of it locked, also what comes later: no key and no page of a guest is ever swapped out
     descriptors    nothing open but its call socket, stderr, /dev/null and its own /proc/self/status
     limits         few descriptors, no core, no message queues, no priority
     files          Landlock: no file can be opened, made, removed
@@ -21,6 +22,7 @@ import os
 import resource
 import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 from sealane.enclave import landlock
@@ -37,9 +39,13 @@ _PR_GET_NO_NEW_PRIVS: Final = 39
 _PR_CAP_AMBIENT: Final = 47
 _PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 _CAPABILITY_VERSION_3: Final = 0x2008_0522
+# mlockall(2) on all architectures that Python runs on but alpha, powerpc and sparc
+_MCL_CURRENT: Final = 1
+_MCL_FUTURE: Final = 2
+_MCL_ONFAULT: Final = 4
 
 MEASURES: Final = (
-    "user", "capabilities", "privileges", "dumpable", "descriptors", "limits", "files", "network", "signals", "calls"
+    "user", "capabilities", "privileges", "dumpable", "memory", "descriptors", "limits", "files", "network", "signals", "calls"
 )  # fmt: skip
 # What every Linux since 5.9 gives to every user, in containers too.
 REQUIRED: Final = frozenset({"privileges", "dumpable", "descriptors", "limits", "calls"})
@@ -59,6 +65,8 @@ def why_not(measures: Measures, policy: str) -> list[str]:
 
 def drop_privileges(uid: int | None, gid: int | None) -> None:
     """In the launcher: become that user for good (None: stay), gain nothing any more, be read by nobody."""
+    with suppress(ValueError, OSError):  # only root may; `memory` will not hold
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     if uid is not None and gid is not None:
         try:
             os.setgroups([])
@@ -119,6 +127,7 @@ class Sandbox:
         measures["capabilities"] = "it has some" if int(status["CapEff"], 16) or int(status["CapPrm"], 16) else ""
         measures["privileges"] = "" if _prctl(_PR_GET_NO_NEW_PRIVS, 0) == 1 else "they can be gained"
         measures["dumpable"] = "it is" if _prctl(_PR_GET_DUMPABLE, 0) else ""
+        measures["memory"] = _lock_memory()
         measures["descriptors"] = _others_open(keep)
         measures["limits"] = _limits_missing()
         try:
@@ -146,6 +155,21 @@ def _wrong_user(status: Mapping[str, str], uid: int | None) -> str:
     if set(status["Uid"].split()) == {str(uid)} and "0" not in status["Gid"].split() and not status["Groups"]:
         return ""
     return "it is root" if "0" in status["Uid"].split() else "it is the agent's own"
+
+
+def _lock_memory() -> str:
+    """Lock what is mapped as it is touched, and what will be; why not.
+
+    Not within a limit, even one that is not reached yet: the mapping that reaches it would fail in mid-copy. A fork does not
+    inherit locks, so this is each enclave's own to do.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft != resource.RLIM_INFINITY:
+        return f"RLIMIT_MEMLOCK is {soft // 1024} KiB"
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) != 0:
+        return f"mlockall(2): {os.strerror(ctypes.get_errno())}"
+    return ""
 
 
 def _others_open(keep: frozenset[int]) -> str:
