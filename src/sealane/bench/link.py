@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from sealane.bench.line import limit_line
 from sealane.bench.micro import cpu_model
 from sealane.bench.migrate import FREED_MEMORY_SETTLES_S
 from sealane.bench.movers import Method, Run, move
@@ -33,8 +34,6 @@ _CHANNELS: Final = 2
 _TOUCHED_MIB: Final = 128
 _TOUCHED_KIB_PER_S: Final = 400 * 1024
 _GIVE_UP_S: Final = 20.0
-# A burst lets one segment of the kernel's offload through (64 KiB); the queue holds 10 ms.
-_TBF: Final = ("burst", "256kb", "latency", "10ms")
 _SETTINGS: Final = 'allowed_protections = ["sealed", "selective", "hrt", "shift", "affine", "rc4"]\n'
 
 
@@ -178,11 +177,10 @@ def _guest_on_link(options: argparse.Namespace, workload: Workload, methods: Seq
     is_weak = any((method.options or {}).get("protection") for method in methods)
     qemu = find_qemu()
     with make_pair(network="netns", settings=_SETTINGS if is_weak else "") as pair:
-        for end in (pair.a, pair.b):
-            rate = f"{options.rate}mbit"
-            if is_weak:
+        if is_weak:
+            for end in (pair.a, pair.b):
                 _allow_weak(end)
-            end.host.run("tc", "qdisc", "add", "dev", INTERFACE, "root", "tbf", "rate", rate, *_TBF)
+        limit_line(pair, options.rate)
         guest = pair.add_guest(hardware=Hardware(memory_mib=options.memory), workload=workload, qemu=qemu)
         pair.start_guest(guest, pair.a, warm=False)
         yield _Course(pair, guest, pair.a, pair.b)

@@ -5,8 +5,8 @@
     operations  the seed's four, of the permanent and the volatile state: each alone, and as QEMU meets them at the control
                 channel when it reads a state (tpm_state_read, volatile_state_enc) and brings one (volatile_state_dec,
                 tpm_state_write): swtpm in clear, swtpm with --migration-key, Sealane's keeper with an enclave's part
-    total       VMs moved to and fro through Sealane's lanes, their TPM an swtpm in clear, one with swtpm's own encryption of files
-                and state, or Sealane's; total time and downtime as the source sees them
+    total       VMs moved to and fro through Sealane's lanes over a line of 1 Gb/s, their TPM an swtpm in clear, one with swtpm's
+                own encryption of files and state, or Sealane's; total time and downtime as the source sees them
 
 Means with their standard deviation, and medians. Goals: total at most 1.5 % over no protection (the seed's own figure), downtime
 at most 20 ms more. Hosts of `total` have no TPM: the files' keys are in files.
@@ -26,6 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from sealane.bench.line import limit_line
 from sealane.bench.turns import in_turn
 from sealane.bench.verdicts import interval
 from sealane.crypto.aead import KEY_BYTES
@@ -64,8 +65,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--runs", type=int, default=20, help="moves of each VM in each way (20)")
     parser.add_argument("--vms", type=int, default=5, help="how many VMs, one after another (5)")
     parser.add_argument("--times", type=int, default=100, help="how often each operation is done (100)")
-    parser.add_argument("--memory", type=int, default=256, metavar="MIB", help="each guest's memory (256)")
-    parser.add_argument("--fill", type=int, default=128, metavar="MIB", help="incompressible data in it (128)")
+    parser.add_argument("--memory", type=int, default=512, metavar="MIB", help="each guest's memory (512)")
+    parser.add_argument("--fill", type=int, default=256, metavar="MIB", help="incompressible data in it (256)")
+    parser.add_argument(
+        "--rate", type=int, default=1000, metavar="MBIT", help="the line between the hosts, Mb/s; 0: loopback (1000)"
+    )
     parser.add_argument("--json", type=Path, help="write all figures here too")
     options = parser.parse_args(argv)
     figures: dict[str, dict[str, list[float]]] = {}
@@ -76,7 +80,7 @@ def main(argv: list[str]) -> int:
     for name, unit in figures.items():
         print_table(name, unit)
     if options.runs and options.vms:
-        moves = measure_moves(options.vms, options.runs, options.memory, options.fill)
+        moves = measure_moves(options.vms, options.runs, options.memory, options.fill, options.rate)
         print_table("total, ms", moves)
         print_goals(moves)
         figures["total, ms"] = moves
@@ -361,10 +365,12 @@ class _OwnSwtpms:
         return process
 
 
-def measure_moves(vms: int, runs: int, memory_mib: int, fill_mib: int) -> dict[str, list[float]]:
-    """Total and downtime of every way; the ways take turns within each run."""
+def measure_moves(vms: int, runs: int, memory_mib: int, fill_mib: int, mbit: int) -> dict[str, list[float]]:
+    """Total and downtime of every way over a line of `mbit` Mb/s, or loopback (0); the ways take turns within each run."""
     rows: dict[str, list[float]] = {f"{way}, {what}": [] for way in WAYS for what in ("total", "downtime")}
-    with make_pair(network="loopback") as pair:
+    with make_pair(network="netns" if mbit else "loopback") as pair:
+        if mbit:
+            limit_line(pair, mbit)
         key_file = pair.a.host.scratch / "swtpm.key"
         key_file.write_bytes(os.urandom(KEY_BYTES))
         for number in range(vms):
