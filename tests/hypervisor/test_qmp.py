@@ -143,13 +143,6 @@ async def test_what_was_set_for_a_migration_is_set_back(qemu: str, tmp_path: Pat
         assert await source.run_state() == "postmigrate"
 
 
-async def pages_flow(source: QmpMachine) -> None:
-    """Wait until pages go over, and so all channels are there."""
-    async with asyncio.timeout(30):
-        while (await source.migration_status()).ram_transferred < 64 << 10:
-            await asyncio.sleep(0.02)
-
-
 async def test_a_second_migration_after_a_cancelled_one(qemu: str, tmp_path: Path) -> None:
     slow = MigrationParameters(multifd_channels=2, max_bandwidth_bytes_per_s=1 << 20, downtime_limit_ms=1)
     async with running(command(qemu, tmp_path / "s"), tmp_path / "s") as source:
@@ -158,9 +151,7 @@ async def test_a_second_migration_after_a_cancelled_one(qemu: str, tmp_path: Pat
             await source.configure_migration(slow, incoming=False)
             await destination.migrate_incoming(f"unix:{tmp_path / 'm'}")
             await source.migrate(f"unix:{tmp_path / 'm'}")
-            await source.wait_migration({"active"}, 30)
-            await pages_flow(source)  # while channels are being set up, a cancelled QEMU itself may hang
-            await source.cancel_migration()
+            await source.cancel_migration()  # at once, while channels are being set up: QEMU itself may hang then
             assert (await source.migration_status()).status == "cancelled"
             assert await source.run_state() == "running"
             await source.cancel_migration()  # nothing to do, and no error
