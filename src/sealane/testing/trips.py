@@ -16,15 +16,15 @@ from sealane.testing.machine import Workload
 
 # A tick lasts 50 ms; every fifth one all pages are compared with what the guest wrote there.
 CALM: Final = Workload(fill_mib=4, rewrite_kib_per_s=256, tick_ms=50, check_all=5)
-# Writes to all of its pages in every tick, to a few of them something new: 320 MiB/s.
+# Writes to all of its pages in every tick, to a few of them something new: 160 MiB/s.
 BUSY: Final = Workload(
-    fill_mib=16, rewrite_kib_per_s=256, touch_kib_per_s=320 << 10, touch_mib=16, tick_ms=50, check_all=10
+    fill_mib=8, rewrite_kib_per_s=256, touch_kib_per_s=160 << 10, touch_mib=8, tick_ms=50, check_all=10
 )
-# The line takes some five seconds for what the guest holds, 1 s for what it writes to; of that, nothing is small enough.
+# The line takes some three seconds for what the guest holds, 0.3 s for what it writes to; of that, nothing is small enough.
 _BY_POSTCOPY: Final[Mapping[str, object]] = {
     "on_stall": "postcopy",
     "give_up_after_s": 0.5,
-    "max_bandwidth_bytes_per_s": 16 << 20,
+    "max_bandwidth_bytes_per_s": 24 << 20,
     "downtime_limit_ms": 20,
 }
 
