@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from sealane.enclave.launcher import LAUNCHER_NAME
+from sealane.enclave.launcher import ENCLAVE_NAME, LAUNCHER_NAME
 from sealane.errors import SealaneError
 from sealane.host.models import Migration, MigrationRequest, ResolveRequest
 from sealane.session.handover import ENDED, State
@@ -309,7 +309,7 @@ class CampaignRig:
     def _helpers_left(self) -> list[str]:
         found = []
         for end in (self.home, self.away):
-            words = {pid: _command(pid) for pid in end.processes() if process_name(pid) != LAUNCHER_NAME}
+            words = {pid: _command(pid) for pid in end.processes() if not _is_launcher(pid)}
             # the last one measures what enclaves load, each time that an agent has started
             known = ("qemu-system", " agent --listen", "sealane.quoting", '"sealane.enclave.process"')
             others = [each for each in words.values() if not any(word in each for word in known)]
@@ -355,6 +355,12 @@ class CampaignRig:
                 found = self._newest(end)
                 told.append(f"{end.name}: {f'{found.state}, {found.runs_at}' if found else 'no job'}")
         return "; ".join(told)
+
+
+def _is_launcher(pid: int) -> bool:
+    """Also one that still starts, and has not named itself. Enclaves are its forks: their command is the same, their name not."""
+    name = process_name(pid)
+    return name == LAUNCHER_NAME or (name != ENCLAVE_NAME and " sealane.enclave " in _command(pid))
 
 
 def _command(pid: int) -> str:
