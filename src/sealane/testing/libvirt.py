@@ -76,6 +76,7 @@ _PARTS: Final = (
     "usr/lib/libvirt",
     "usr/share/libvirt",
 )
+_QEMU_PARTS: Final = ("usr/bin/qemu-system-x86_64", "usr/lib/*/qemu", "usr/share/qemu", "usr/share/seabios")
 # libvirtd asks for its user before it reads which one it shall take; Debian's libvirt-daemon-system would make it
 _ACCOUNTS: Final = {
     "passwd": "libvirt-qemu:x:64055:64055::/nonexistent:/usr/sbin/nologin",
@@ -95,15 +96,30 @@ class Libvirt:
         """For the names of tests."""
         return "system" if self.root == _SYSTEM else "later"
 
+    @property
+    def emulator_path(self) -> Path:
+        """Where its domains find that QEMU, once `mounts` are there."""
+        inside = _SYSTEM / _QEMU_PARTS[0]
+        return inside if inside.exists() and self.root != _SYSTEM else self.emulator.path
+
     def mounts(self) -> list[str]:
         """What puts it in place of the system's: commands of mount(8)."""
         if self.root == _SYSTEM:
             return []
-        found = [each for pattern in _PARTS for each in sorted(self.root.glob(pattern))]
+        found = _bound_over_system(self.root, _PARTS)
         if not found:
             raise RigError(f"{self.root} holds no libvirt")
-        targets = ((each, _SYSTEM / each.relative_to(self.root)) for each in found)
-        return [f"mount --bind {each} {target}" for each, target in targets if target.exists()]
+        # libvirtd asks the system's QEMU too; and one that is asked for all its types ends at modules of another
+        qemu = (
+            [] if self.emulator.source == "system" else _bound_over_system(self.emulator.path.parents[2], _QEMU_PARTS)
+        )
+        return found + qemu
+
+
+def _bound_over_system(root: Path, patterns: Sequence[str]) -> list[str]:
+    found = [each for pattern in patterns for each in sorted(root.glob(pattern))]
+    targets = ((each, _SYSTEM / each.relative_to(root)) for each in found)
+    return [f"mount --bind {each} {target}" for each, target in targets if target.exists()]
 
 
 @cache
@@ -272,7 +288,7 @@ class DomainSpec:
   {cpu}
   <on_reboot>destroy</on_reboot>
   <devices>
-    <emulator>{emulator.path}</emulator>
+    <emulator>{host.libvirt.emulator_path}</emulator>
     <serial type='file'><source path='/run/{self.name}.log' append='on'/><target port='0'/></serial>
     <controller type='usb' model='none'/>
     <memballoon model='none'/>
