@@ -275,7 +275,8 @@ def table(points: Sequence[str], outcomes: Sequence[Outcome]) -> str:
         if len(outcome.injections) == 1:
             fault, point = outcome.injections[0].split(" at ")
             sign = SIGNS[outcome.ending] if outcome.fired else "-"
-            cells[point, fault] = sign + ("!" if outcome.problems else "")
+            if sign != "-" or not cells.get((point, fault)):
+                cells[point, fault] = sign + ("!" if outcome.problems else "")
     lines = ["| point | " + " | ".join(FAULTS) + " |", "| --- " * (len(FAULTS) + 1) + "|"]
     for point in points:
         lines.append(f"| `{point}` | " + " | ".join(cells.get((point, fault), "") for fault in FAULTS) + " |")

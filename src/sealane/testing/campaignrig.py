@@ -106,7 +106,9 @@ class CampaignRig:
         except (RigError, SealaneError, OSError, AssertionError) as error:
             outcome.problems.append(f"{type(error).__name__}: {error}"[:1500])
         outcome.total_s = time.monotonic() - begun
-        self.worn = self.worn or bool(outcome.problems)
+        # a QEMU whose switch was cut runs its VM, and can migrate it no more (`hypervisor/stranded.py`)
+        is_stranded = not self._is_lost and self._status_at(self.home) in {"device", "cancelling"}
+        self.worn = self.worn or bool(outcome.problems) or is_stranded
         return outcome
 
     def _start_anew(self) -> None:
