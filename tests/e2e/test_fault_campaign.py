@@ -33,6 +33,9 @@ POSTCOPY_SAMPLE = (
     # QEMU itself may wait for a page, and would open no monitor for the next agent, had the lanes gone with this one
     ((Injection("postcopy:destination:say:receipt:before", "kill-agent"),), "completed"),
     ((Injection("rejoined:destination:say:rejoined:after", "kill-enclave"),), "completed"),
+    # the source's QEMU is gone with its host: the next agent asks all the same, since the destination has all, or never had the VM
+    ((Injection("postcopy:source:step:postcopy:arrived", "kill-host"),), "completed"),
+    ((Injection("postcopy:source:qemu:migrate_continue:before", "kill-host"),), "lost"),
 )
 WENT_WRONG = {Input.FAILED, Input.REFUSED, Input.NOT_SENT}
 TO_POSTCOPY = {Input.TICKET_HELD, Input.SWITCHED}

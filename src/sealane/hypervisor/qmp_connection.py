@@ -139,6 +139,13 @@ class QmpConnection:
         """A machine to be entered with `async with`; `timeout_s` bounds the connection and then every command."""
         return cls(path, timeout_s)
 
+    @classmethod
+    def gone(cls, path: str) -> Self:
+        """A machine whose QEMU is gone: closed from the beginning, and every command is `vm.unreachable`."""
+        machine = cls(path)
+        machine._closed.set()
+        return machine
+
     async def __aenter__(self) -> Self:
         try:
             async with asyncio.timeout(self._timeout_s):

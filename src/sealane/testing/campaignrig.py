@@ -92,8 +92,11 @@ class CampaignRig:
             if self._is_lost:
                 self._start_anew()
             with self.director.attempt(self.home, self.away, injections, trip) as attempt:
-                self._migrate(trip)
-                rest = self._settle(attempt)
+                try:
+                    self._migrate(trip)
+                    rest = self._settle(attempt)
+                finally:
+                    outcome.fired = [str(each) for each in attempt.fired]
                 if attempt.fired:
                     outcome.recovery_s = time.monotonic() - attempt.fired_at
             if not rest:
@@ -119,7 +122,6 @@ class CampaignRig:
         self._is_lost = False
 
     def _take_notes(self, outcome: Outcome, attempt: Attempt) -> None:
-        outcome.fired = [str(each) for each in attempt.fired]
         outcome.trace, outcome.traced_when_fired = attempt.trace, attempt.traced_when_fired
         found = [self._newest(end) for end in (self.home, self.away)]
         outcome.codes = [m.problem.code if m and m.problem else "" for m in found]
@@ -366,7 +368,8 @@ class CampaignRig:
         for end in (self.home, self.away):
             with suppress(SealaneError):
                 found = self._newest(end)
-                told.append(f"{end.name}: {f'{found.state}, {found.runs_at}' if found else 'no job'}")
+                told.append(f"{end.name}: {f'{found.state}, {found.runs_at}, {found.detail}' if found else 'no job'}")
+                told.append(f"its QEMU: {self._status_at(end) or 'none'}")
         return "; ".join(told)
 
 

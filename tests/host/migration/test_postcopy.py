@@ -350,10 +350,24 @@ class ArrivingQemu:
         self.state = "running"
 
 
-def arriving(state: State, told: list[str], enclave: NotingEnclave) -> Arrival:
+class StandingQemu(ArrivingQemu):
+    """A destination's QEMU whose VM runs, and which then waits for a page itself: `asked` is called, and it answers nothing."""
+
+    def __init__(self, told: list[str], asked: Callable[[], None]) -> None:
+        super().__init__(told)
+        self.asked, self.is_closed = asked, False
+
+    async def run_state(self) -> str:
+        if self.state == "running":
+            self.asked()
+            await asyncio.Event().wait()
+        return self.state
+
+
+def arriving(state: State, told: list[str], enclave: NotingEnclave, qemu: ArrivingQemu | None = None) -> Arrival:
     job = LeavingJob()
     job.at_journal = lambda: told.append("journal")
-    handover, qemu = Handover(Role.DESTINATION, state), ArrivingQemu(told)
+    handover, qemu = Handover(Role.DESTINATION, state), qemu or ArrivingQemu(told)
     return Arrival(cast(Any, job), handover, cast(Any, qemu), Path("/nonexistent"), 1, cast(Any, enclave))
 
 
@@ -363,6 +377,31 @@ async def test_the_lanes_hold_without_the_agent_before_the_vm_runs() -> None:
     await arrival.run_here()
     assert told[:-1] == [Outlive.__name__, "journal", "resume"]
     assert '"receipt"' in told[-1]
+
+
+async def test_a_qemu_that_stands_still_once_its_vm_runs_keeps_its_half_as_soon_as_the_lanes_are_gone() -> None:
+    """It answers nothing until the halves are joined: nobody may wait for its word first, nor end the job for want of it."""
+    told: list[str] = []
+    enclave = NotingEnclave(told)
+    lost = make_error("lane.cut")
+    arrival = arriving(State.SWITCHING_OVER, told, enclave, StandingQemu(told, lambda: enclave.failed.set_result(lost)))
+    async with asyncio.timeout(20):
+        await arrival.run_here()
+    assert told == [Outlive.__name__, "journal", "resume"]
+    assert arrival.handover.state is State.POSTCOPY
+
+
+async def test_a_qemu_that_does_not_say_that_its_vm_runs_keeps_its_half() -> None:
+    def silent() -> None:
+        raise make_error("vm.unreachable", "no answer to query-status within 20 s")
+
+    told: list[str] = []
+    qemu = StandingQemu(told, silent)
+    await arriving(State.SWITCHING_OVER, told, NotingEnclave(told), qemu).run_here()
+    assert told == [Outlive.__name__, "journal", "resume"]
+    qemu.is_closed, qemu.state = True, "paused"
+    with pytest.raises(SealaneError, match=r"vm\.unreachable"):  # it is gone, and the VM with it
+        await arriving(State.SWITCHING_OVER, told, NotingEnclave(told), qemu).run_here()
 
 
 async def test_a_qemu_that_has_all_is_not_joined_again() -> None:

@@ -112,7 +112,7 @@ class Arrival:
         assert epoch is not None  # noqa: S101 - journalled with the ticket
         self._hold_lanes()
         self._step(Input.SWITCHED, epoch=epoch, runs_at="destination", detail="resuming the VM")
-        if not await self._let_run():
+        if not await self._runs_here():
             return
         resumed = time.monotonic()
         self.job.update(detail="the VM runs here; the rest of its memory comes in")
@@ -130,6 +130,16 @@ class Arrival:
         with contextlib.suppress(SealaneError):  # lanes that are gone hold nothing
             self.enclave.call(Outlive())
 
+    async def _runs_here(self) -> bool:
+        """Let the VM run. Where that cannot be seen it may run, and its QEMU wait for a page: the half is kept all the same."""
+        try:
+            return await self._let_run()
+        except SealaneError as error:
+            if self.qemu.is_closed:
+                raise
+            self.job.log.warning("QEMU does not say that the VM runs", code=error.code, detail=error.detail)
+            return False
+
     async def _let_run(self) -> bool:
         """Let the VM run, if it does not yet; False where the lanes are gone, and the halves must be joined first.
 
@@ -140,16 +150,20 @@ class Arrival:
             return True
         if self.enclave.failed.done():
             return False
-        resuming = asyncio.ensure_future(self.qemu.resume())
+        resuming = asyncio.ensure_future(self._resume())
         resuming.add_done_callback(lambda done: done.cancelled() or done.exception())
         either: set[asyncio.Future[Any]] = {resuming, self.enclave.failed}
         await uninterrupted(asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED))
         if not resuming.done():
             return False
         resuming.result()
+        return True
+
+    async def _resume(self) -> None:
+        """QEMU may stand still at a page between the two, and then answers neither."""
+        await self.qemu.resume()
         if await self.qemu.run_state() != "running":
             raise make_error("vm.not-running", "QEMU did not resume the VM")
-        return True
 
     async def see_through(self, *, parted: bool = False) -> None:
         """Take pages until all are here, joining again after each cut for as long as the source comes back."""

@@ -1,15 +1,18 @@
 """A postcopy that an earlier agent of this host left half-way: the jobs that go on with it.
 
 Both QEMUs live on without their agents and keep their halves. The source dials again as after any cut; the destination takes
-it up when the source comes.
+it up when the source comes. A source whose QEMU is gone dials too: it has nothing to give, but the destination may need nothing
+any more, or may never have had the VM, and only its word ends the migration here.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import cast
 
 from sealane.enclave.interface import LaneTokens, PeerEstablished
+from sealane.errors import SealaneError
 from sealane.host.job import Job
 from sealane.host.migration import messages
 from sealane.host.migration.context import MigrationContext
@@ -18,6 +21,7 @@ from sealane.host.migration.enclave_process import EnclaveProcess
 from sealane.host.migration.postcopy_destination import Arrival, Half
 from sealane.host.migration.source import SourceMigration
 from sealane.host.models import Migration, MigrationRequest, VmDefinition
+from sealane.host.registry import is_absent
 from sealane.hypervisor.qmp import QmpMachine
 from sealane.session.handover import Handover, Role, State
 
@@ -37,6 +41,17 @@ class RejoiningSource(SourceMigration):
         super().__init__(context, request, vm, peer, migration)
         self._handover = Handover(Role.SOURCE, State.POSTCOPY_PAUSED)
         self._ran_before = True
+
+    @contextlib.asynccontextmanager
+    async def _open(self) -> AsyncIterator[QmpMachine]:
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                qemu = await stack.enter_async_context(super()._open())
+            except SealaneError as error:
+                if not is_absent(error):
+                    raise
+                qemu = QmpMachine.gone(self._vm.qmp)
+            yield qemu
 
     async def _migrate(self, qemu: QmpMachine, directory: Path) -> None:
         self._times.requested -= (self.clock() - self.migration.started_at).total_seconds()

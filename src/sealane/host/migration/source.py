@@ -108,8 +108,7 @@ class SourceMigration(Job):
         self._times = Clockwork()  # its time in the queue is told apart from what it takes
         try:
             with SocketDirectory(self._context.paths.run, self.id) as directory:
-                timeout_s = self._context.settings.limits.qmp_timeout_s
-                async with QmpMachine.connect(self._vm.qmp, timeout_s) as self._qemu:
+                async with self._open() as self._qemu:
                     self._events = self._qemu.events()
                     try:
                         await self._migrate(self._qemu, directory)
@@ -121,6 +120,10 @@ class SourceMigration(Job):
             self._context.rates.leave(self.id)
             if self._enclave is not None:
                 await uninterrupted(self._enclave.reap())
+
+    def _open(self) -> contextlib.AbstractAsyncContextManager[QmpMachine]:
+        """The VM's QEMU."""
+        return QmpMachine.connect(self._vm.qmp, self._context.settings.limits.qmp_timeout_s)
 
     def _where_it_went(self, error: SealaneError) -> SealaneError:
         """Nothing of the VM is here: the journal may know why."""
