@@ -36,6 +36,7 @@ POSTCOPY_SAMPLE = (
     # the source's QEMU is gone with its host: the next agent asks all the same, since the destination has all, or never had the VM
     ((Injection("postcopy:source:step:postcopy:arrived", "kill-host"),), "completed"),
     ((Injection("postcopy:source:qemu:migrate_continue:before", "kill-host"),), "lost"),
+    ((Injection("postcopy:source:qemu:migrate_continue:before", "kill-qemu"),), "lost"),
 )
 WENT_WRONG = {Input.FAILED, Input.REFUSED, Input.NOT_SENT}
 TO_POSTCOPY = {Input.TICKET_HELD, Input.SWITCHED}

@@ -215,7 +215,8 @@ class SourceMigration(Job):
             epoch=self.store.epoch(self._vm.name),
             peer=self._peer.name,
         )
-        beginning.begin(self._context, enclave, connection, [f"/proc/{qemu.pid}/exe"] if qemu.pid else [])
+        has_gone = qemu.is_closed or not qemu.pid  # by postcopy the peer may still have to be asked
+        beginning.begin(self._context, enclave, connection, [] if has_gone else [f"/proc/{qemu.pid}/exe"])
         self._gate = StandingGate(self, self._context, enclave, self._vm, "send")
         met = await self._watch(enclave.wait(enclave.established, HANDSHAKE_TIMEOUT_S, "peer.slow", "handshake"))
         self.update(detail=f"{met.peer_name} is who it should be", **facts_of(met))
