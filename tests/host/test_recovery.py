@@ -269,7 +269,10 @@ class HalfQemu:
     """A destination's QEMU in postcopy, whose VM was not let run yet."""
 
     def __init__(self, status: str) -> None:
-        self.status, self.state = status, "paused"
+        self.status, self.state, self.is_lent = status, "paused", True
+
+    async def end_loan(self) -> None:
+        self.is_lent = False
 
     async def migration_status(self) -> SimpleNamespace:
         return SimpleNamespace(status=self.status)
@@ -300,6 +303,7 @@ async def test_a_half_runs_on_where_no_page_can_be_missed(
         await recovered(store, tmp_path / "q")
         after = store.migrations()[0]
     assert (after.state, after.runs_at, qemu.state == "running") == (ends, "destination", runs)
+    assert qemu.is_lent == (ends != "completed")  # greeted again by then
     assert words in after.detail
 
 

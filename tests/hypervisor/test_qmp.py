@@ -264,3 +264,34 @@ async def test_a_failed_migration_that_waits_is_woken() -> None:
     machine = StuckAfterFailure()
     await machine.cancel_migration()
     assert machine.state == "running"
+
+
+async def test_a_connection_that_qemu_keeps_is_taken_up(qemu: str, tmp_path: Path) -> None:
+    """As the next agent does, when QEMU itself may wait for a page and greets nobody; it greets again once the loan has ended."""
+    path = str(tmp_path / "s")
+    async with running(command(qemu, tmp_path / "s"), tmp_path / "s") as machine:
+        await machine.lend()
+        await machine.aclose()
+        with pytest.raises(SealaneError, match=r"vm\.unreachable"):
+            async with QmpMachine.connect(path, 0.5):
+                pass
+        for _ in range(2):  # and the agent after the next
+            async with QmpMachine.take_up(path, 10) as again:
+                assert await again.run_state() == "running"
+                with pytest.raises(SealaneError, match=r"only be run when postcopy is paused"):
+                    await again.execute_out_of_band("migrate-recover", {"uri": f"unix:{tmp_path / 'm'}"})
+        async with QmpMachine.take_up(path, 10) as again:
+            await again.end_loan()
+            await again.end_loan()  # nothing to do, and no error
+        async with QmpMachine.connect(path, 10) as greeted:
+            assert await greeted.run_state() == "running"
+        async with QmpMachine.take_up(path, 10) as nothing_kept:
+            assert await nothing_kept.run_state() == "running"
+
+
+async def test_a_machine_that_is_gone(tmp_path: Path) -> None:
+    gone = QmpMachine.gone(str(tmp_path / "s"))
+    assert gone.is_closed
+    with pytest.raises(SealaneError, match=r"vm\.unreachable"):
+        await gone.run_state()
+    await gone.aclose()

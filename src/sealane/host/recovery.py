@@ -161,7 +161,7 @@ class Recovery:
             raise missing
         if is_domain(path):
             return cast(AbstractAsyncContextManager[QmpMachine], open_domain(path))  # as far as it is used here
-        return QmpMachine.connect(path, self._qmp_timeout_s)
+        return QmpMachine.take_up(path, self._qmp_timeout_s)
 
     async def _reclaim(self, entry: JournalEntry) -> Migration:
         ours = STOPPED_BY_MIGRATION | ({"paused"} if entry.migration.state in {"switching-over", "aborted"} else set())
@@ -212,6 +212,7 @@ class Recovery:
                 if status in {"completed", "postcopy-active"} and await machine.run_state() != "running":
                     await machine.resume()
                 if status == "completed":
+                    await machine.end_loan()
                     await settings.restore(machine, entry.qemu_before)
                     detail = "all of its memory is here"
                     return _changed(entry, state="completed", runs_at="destination", problem=None, detail=detail)

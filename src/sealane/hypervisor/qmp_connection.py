@@ -6,7 +6,9 @@ QMP serves one client at a time: a second one connects and then waits for its gr
 """
 
 import asyncio
+import itertools
 import logging
+import os
 import socket
 import struct
 import weakref
@@ -18,11 +20,13 @@ from qemu.qmp.message import Message
 
 from sealane.errors import make_error
 from sealane.hypervisor.driver import Closed, QmpEvent, VmEvent
+from sealane.hypervisor.lent import LENT, borrow
 from sealane.limits import QMP_TIMEOUT_S
 
 # Events that a slow reader may leave waiting. A migration makes a dozen, a guest in a reset loop some per second.
 EVENTS_WAITING_MAX: Final = 4096
 
+_CLIENTS: Final = itertools.count()
 _SILENT: Final = logging.Logger("sealane.hypervisor.qmp.silent")
 _SILENT.disabled = True
 
@@ -30,6 +34,10 @@ _SILENT.disabled = True
 def as_dict(value: object) -> dict[str, object]:
     """QEMU's value where it is an object, or an empty one."""
     return cast(dict[str, object], value) if isinstance(value, dict) else {}
+
+
+def _dicts(value: object) -> list[dict[str, object]]:
+    return [as_dict(each) for each in value] if isinstance(value, list) else []
 
 
 def as_int(value: object) -> int:
@@ -41,7 +49,9 @@ class _Client(QMPClient):
     """The library's client, silenced, that hands each event on as it comes."""
 
     def __init__(self, on_event: Callable[[Message], None]) -> None:
-        super().__init__()
+        super().__init__(
+            f"{os.getpid()}-{next(_CLIENTS)}"
+        )  # begins each command's id: an answer to an earlier client has another
         self.logger = _SILENT
         self._on_event = on_event
 
@@ -122,12 +132,14 @@ class QmpConnection:
 
     def __init__(self, path: str, timeout_s: float = QMP_TIMEOUT_S) -> None:
         self.path = path
+        self._may_borrow = False
         self.pid = 0
         self._timeout_s = timeout_s
         self._client = _Client(self._dispatch)
         self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
         self._closed = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
+        self._socket: socket.socket | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r}, pid={self.pid}, closed={self.is_closed})"
@@ -140,6 +152,13 @@ class QmpConnection:
         return cls(path, timeout_s)
 
     @classmethod
+    def take_up(cls, path: str, timeout_s: float = QMP_TIMEOUT_S) -> Self:
+        """As `connect`; over the connection that an earlier agent lent to QEMU, where there is one (`lent.py`)."""
+        machine = cls(path, timeout_s)
+        machine._may_borrow = True
+        return machine
+
+    @classmethod
     def gone(cls, path: str) -> Self:
         """A machine whose QEMU is gone: closed from the beginning, and every command is `vm.unreachable`."""
         machine = cls(path)
@@ -149,9 +168,14 @@ class QmpConnection:
     async def __aenter__(self) -> Self:
         try:
             async with asyncio.timeout(self._timeout_s):
-                sock = await _open_socket(self.path)
-                try:
+                kept = borrow(self.path) if self._may_borrow else None
+                if kept is None:
+                    sock = await _open_socket(self.path)
                     self.pid = _peer_pid(sock)
+                else:
+                    self.pid, sock = kept
+                    self._client.await_greeting = self._client.negotiate = False
+                try:
                     await self._client.connect(sock)
                 except BaseException:
                     sock.close()
@@ -160,6 +184,7 @@ class QmpConnection:
             raise make_error("vm.unreachable", f"no greeting on {self.path} within {self._timeout_s:g} s") from None
         except (OSError, QMPError, EOFError) as error:
             raise make_error("vm.unreachable", f"{self.path}: {_reason(error)}") from error
+        self._socket = sock
         self._watcher = asyncio.create_task(self._watch(), name=f"qmp {self.path}")
         return self
 
@@ -233,6 +258,24 @@ class QmpConnection:
             if self._client.runstate is not Runstate.RUNNING:
                 raise make_error("vm.unreachable", f"not connected: {command}") from None
             raise make_error("vm.qmp", f"{command}: {type(error).__name__}") from None
+
+    async def lend(self) -> None:
+        """Have QEMU keep this connection open too, for `take_up` by the next agent, until `end_loan`; raises as `execute` does."""
+        assert self._socket is not None  # noqa: S101 - it is connected
+        try:
+            self._client.send_fd_scm(self._socket.fileno())
+        except (OSError, QMPError) as error:
+            raise make_error("vm.unreachable", f"a descriptor could not be given to QEMU: {_reason(error)}") from error
+        await self.execute("add-fd", {"opaque": LENT})
+
+    async def end_loan(self) -> None:
+        """QEMU closes what it keeps of this connection; nothing to do where it keeps nothing. Raises as `execute` does.
+
+        While the VM runs: of a VM that is paused, QEMU 7.2 closes it later (monitor/misc.c, monitor_fdset_cleanup).
+        """
+        for each in _dicts(await self.execute("query-fdsets")):
+            if any(fd.get("opaque") == LENT for fd in _dicts(each.get("fds"))):
+                await self.execute("remove-fd", {"fdset-id": each["fdset-id"]})
 
     def _dispatch(self, message: Message) -> None:
         stamp = as_dict(message.get("timestamp"))

@@ -349,6 +349,12 @@ class ArrivingQemu:
         self.told.append("resume")
         self.state = "running"
 
+    async def lend(self) -> None:
+        self.told.append("lend")
+
+    async def end_loan(self) -> None:
+        self.told.append("end of the loan")
+
 
 class StandingQemu(ArrivingQemu):
     """A destination's QEMU whose VM runs, and which then waits for a page itself: `asked` is called, and it answers nothing."""
@@ -375,7 +381,7 @@ async def test_the_lanes_hold_without_the_agent_before_the_vm_runs() -> None:
     told: list[str] = []
     arrival = arriving(State.SWITCHING_OVER, told, NotingEnclave(told))
     await arrival.run_here()
-    assert told[:-1] == [Outlive.__name__, "journal", "resume"]
+    assert told[:-1] == [Outlive.__name__, "lend", "journal", "resume"]
     assert '"receipt"' in told[-1]
 
 
@@ -387,7 +393,7 @@ async def test_a_qemu_that_stands_still_once_its_vm_runs_keeps_its_half_as_soon_
     arrival = arriving(State.SWITCHING_OVER, told, enclave, StandingQemu(told, lambda: enclave.failed.set_result(lost)))
     async with asyncio.timeout(20):
         await arrival.run_here()
-    assert told == [Outlive.__name__, "journal", "resume"]
+    assert told == [Outlive.__name__, "lend", "journal", "resume"]
     assert arrival.handover.state is State.POSTCOPY
 
 
@@ -398,7 +404,7 @@ async def test_a_qemu_that_does_not_say_that_its_vm_runs_keeps_its_half() -> Non
     told: list[str] = []
     qemu = StandingQemu(told, silent)
     await arriving(State.SWITCHING_OVER, told, NotingEnclave(told), qemu).run_here()
-    assert told == [Outlive.__name__, "journal", "resume"]
+    assert told == [Outlive.__name__, "lend", "journal", "resume"]
     qemu.is_closed, qemu.state = True, "paused"
     with pytest.raises(SealaneError, match=r"vm\.unreachable"):  # it is gone, and the VM with it
         await arriving(State.SWITCHING_OVER, told, NotingEnclave(told), qemu).run_here()
@@ -417,7 +423,7 @@ async def test_a_qemu_that_has_all_is_not_joined_again() -> None:
     async with asyncio.timeout(20):
         await arrival.see_through(parted=True)
     arrival.say_arrived()
-    assert told == ["resume"]
+    assert told == ["resume", "end of the loan"]
     assert arrival.handover.state is State.COMPLETED
     assert first.told == []
     assert ['"arrived"' in each for each in met.told] == [True]

@@ -111,6 +111,7 @@ class Arrival:
         epoch = self.job.migration.epoch
         assert epoch is not None  # noqa: S101 - journalled with the ticket
         self._hold_lanes()
+        await self._lend_monitor()
         self._step(Input.SWITCHED, epoch=epoch, runs_at="destination", detail="resuming the VM")
         if not await self._runs_here():
             return
@@ -129,6 +130,20 @@ class Arrival:
         """
         with contextlib.suppress(SealaneError):  # lanes that are gone hold nothing
             self.enclave.call(Outlive())
+
+    async def _lend_monitor(self) -> None:
+        """Should both the lanes and this agent go, a QEMU that stands still answers the next agent on this connection alone."""
+        try:
+            await self.qemu.lend()
+        except SealaneError as error:
+            self.job.log.warning("QEMU does not keep its monitor's connection", code=error.code, detail=error.detail)
+
+    async def _end_loan(self) -> None:
+        """All of the memory is here: QEMU greets any agent again."""
+        try:
+            await self.qemu.end_loan()
+        except SealaneError as error:
+            self.job.log.warning("QEMU keeps its monitor's connection", code=error.code, detail=error.detail)
 
     async def _runs_here(self) -> bool:
         """Let the VM run. Where that cannot be seen it may run, and its QEMU wait for a page: the half is kept all the same."""
@@ -190,6 +205,7 @@ class Arrival:
                     self._attaching.cancel()
         if await self.qemu.run_state() != "running":  # all came before it was let run, and then a cut
             await uninterrupted(self.qemu.resume())
+        await uninterrupted(self._end_loan())
 
     async def _turn_to_who_came_back(self, error: SealaneError) -> None:
         """A source that has come back meanwhile listens on its new channel alone."""

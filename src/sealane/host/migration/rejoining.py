@@ -76,7 +76,7 @@ class RejoiningDestination(DestinationMigration):
         self._begun = time.monotonic() - (self.clock() - migration.started_at).total_seconds()
 
     async def _receive(self, directory: Path) -> None:
-        async with QmpMachine.connect(self._vm.qmp, self._context.settings.limits.qmp_timeout_s) as qemu:
+        async with QmpMachine.take_up(self._vm.qmp, self._context.settings.limits.qmp_timeout_s) as qemu:
             lanes = await qemu.postcopy_channels()
             self._arrival = arrival = Arrival(self, self._handover, qemu, directory, lanes, self._enclave)
             arrival.rejoining.put_nowait(Half(self._enclave, self._expect_lanes))
