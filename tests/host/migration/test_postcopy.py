@@ -307,6 +307,22 @@ async def test_a_source_whose_lanes_were_closed_waits_for_the_word(monkeypatch: 
     assert (departure.handover.state, departure.digest) == (State.COMPLETED, "d" * 64)
 
 
+async def test_a_qemu_that_is_lost_after_the_word_parts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked how it is while the word comes in; what it answers is needed no more."""
+    enclave = ClosedEnclave(bye=False, late=Arrived(epoch=5, digest=None))
+    departure = serving(AnsweringEnclave(Rejoined(lanes=1)), monkeypatch)
+
+    async def lost() -> SimpleNamespace:
+        while departure.handover.state is not State.COMPLETED:  # noqa: ASYNC110 - a table has no event
+            await asyncio.sleep(0.01)
+        raise make_error("vm.unreachable", "QEMU closed the connection during query-migrate")
+
+    monkeypatch.setattr(departure.qemu, "migration_status", lost)
+    async with asyncio.timeout(20):
+        assert await departure.see_through(cast(Any, enclave)) is cast(Any, enclave)
+    assert departure.handover.state is State.COMPLETED
+
+
 class NotingEnclave:
     """A destination's enclave; it notes what it is told."""
 

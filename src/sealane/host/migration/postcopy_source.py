@@ -113,6 +113,8 @@ class Departure:
             except SealaneError as error:
                 if enclave is None or error.code == _REFUSED:
                     raise
+                if self.handover.state is State.COMPLETED:  # the word came, and what broke beside it is needed no more
+                    return enclave
                 await self._part(enclave, error)
                 enclave = None
             else:
