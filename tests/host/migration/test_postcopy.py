@@ -313,7 +313,7 @@ async def test_a_qemu_that_is_lost_after_the_word_parts_nothing(monkeypatch: pyt
     departure = serving(AnsweringEnclave(Rejoined(lanes=1)), monkeypatch)
 
     async def lost() -> SimpleNamespace:
-        while departure.handover.state is not State.COMPLETED:  # noqa: ASYNC110 - a table has no event
+        while departure.handover.state is not State.COMPLETED:
             await asyncio.sleep(0.01)
         raise make_error("vm.unreachable", "QEMU closed the connection during query-migrate")
 
