@@ -275,6 +275,8 @@ class HalfQemu:
         self.is_lent = False
 
     async def migration_status(self) -> SimpleNamespace:
+        if not self.status:  # it waits for a page itself
+            await asyncio.Event().wait()
         return SimpleNamespace(status=self.status)
 
     async def run_state(self) -> str:
@@ -290,6 +292,7 @@ class HalfQemu:
     [
         ("postcopy-active", "postcopy-paused", True, "held without the agent"),
         ("postcopy-paused", "postcopy-paused", False, "still at the source"),
+        ("", "postcopy-paused", False, "still at the source"),
         ("completed", "completed", True, "all of its memory is here"),
     ],
 )
@@ -298,6 +301,7 @@ async def test_a_half_runs_on_where_no_page_can_be_missed(
 ) -> None:
     qemu = HalfQemu(status)
     monkeypatch.setattr(Recovery, "_machine", lambda _recovery, _entry: contextlib.nullcontext(qemu))
+    monkeypatch.setattr("sealane.host.recovery.ANSWERS_WITHIN_S", 0.05)
     with Store(tmp_path / "db") as store:
         store.journal(migration(1, role="destination", state=state, runs_at="destination"))
         await recovered(store, tmp_path / "q")

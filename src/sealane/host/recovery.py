@@ -35,7 +35,7 @@ import structlog
 from sealane.errors import SealaneError, make_error
 from sealane.host.jobs import Jobs
 from sealane.host.migration import settings
-from sealane.host.migration.postcopy_destination import has_switched
+from sealane.host.migration.postcopy_destination import ANSWERS_WITHIN_S, has_switched
 from sealane.host.migration.volumes import remove_volumes
 from sealane.host.models import Migration, RunsAt
 from sealane.host.problems import problem_of
@@ -208,7 +208,7 @@ class Recovery:
         )
         try:
             async with self._machine(entry) as machine:
-                status = (await machine.migration_status()).status
+                status = await _status_of(machine)
                 if status in {"completed", "postcopy-active"} and await machine.run_state() != "running":
                     await machine.resume()
                 if status == "completed":
@@ -321,6 +321,15 @@ class Recovery:
             detail = "the VM was ours, and its QEMU is gone"
             return _changed(entry, state="completed", runs_at="nowhere", problem=problem_of(error), detail=detail)
         return _changed(entry, state="completed", runs_at="destination", detail="resumed after the agent's restart")
+
+
+async def _status_of(machine: QmpMachine) -> str:
+    """What QEMU says of its migration; "" where it waits for a page itself, and says nothing."""
+    try:
+        async with asyncio.timeout(ANSWERS_WITHIN_S):
+            return (await machine.migration_status()).status
+    except TimeoutError:
+        return ""
 
 
 async def _keeps_half(machine: QmpMachine) -> bool:

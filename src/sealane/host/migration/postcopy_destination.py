@@ -33,7 +33,7 @@ PROGRESS_EVERY_S: Final = 0.5
 # How often to ask QEMU whether it has loaded the devices' state: it tells that by no event, and the VM is paused meanwhile.
 _SWITCH_LOOK_S: Final = 0.004
 # A QEMU that does not wait for a page itself answers at once.
-_ANSWERS_WITHIN_S: Final = 2.0
+ANSWERS_WITHIN_S: Final = 2.0
 # Statuses of a QEMU that has all it needs to run the VM, but for pages.
 SWITCHED: Final = frozenset({"postcopy-active", "postcopy-paused", "completed"})
 
@@ -101,7 +101,7 @@ class Arrival:
         self.enclave.abort(for_peer(reason))
         await uninterrupted(self.enclave.reap())
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_ANSWERS_WITHIN_S):
+            async with asyncio.timeout(ANSWERS_WITHIN_S):
                 await self._look_until_switched()  # what the lanes had brought is still loaded
                 return True
         return False
@@ -217,7 +217,7 @@ class Arrival:
     async def _has_all(self) -> bool:
         """Whether the last page came before the lanes went. Where QEMU itself waits for a page, it does not answer: no."""
         try:
-            async with asyncio.timeout(_ANSWERS_WITHIN_S):
+            async with asyncio.timeout(ANSWERS_WITHIN_S):
                 return (await self.qemu.migration_status()).status == "completed"
         except TimeoutError:
             return False

@@ -5,6 +5,7 @@ it up when the source comes. A source whose QEMU is gone dials too: it has nothi
 any more, or may never have had the VM, and only its word ends the migration here.
 """
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
@@ -18,7 +19,7 @@ from sealane.host.migration import messages
 from sealane.host.migration.context import MigrationContext
 from sealane.host.migration.destination import DestinationMigration
 from sealane.host.migration.enclave_process import EnclaveProcess
-from sealane.host.migration.postcopy_destination import Arrival, Half
+from sealane.host.migration.postcopy_destination import ANSWERS_WITHIN_S, Arrival, Half
 from sealane.host.migration.source import SourceMigration
 from sealane.host.models import Migration, MigrationRequest, VmDefinition
 from sealane.host.registry import is_absent
@@ -77,10 +78,19 @@ class RejoiningDestination(DestinationMigration):
 
     async def _receive(self, directory: Path) -> None:
         async with QmpMachine.take_up(self._vm.qmp, self._context.settings.limits.qmp_timeout_s) as qemu:
-            lanes = await qemu.postcopy_channels()
+            lanes = await _lanes_of(qemu)
             self._arrival = arrival = Arrival(self, self._handover, qemu, directory, lanes, self._enclave)
             arrival.rejoining.put_nowait(Half(self._enclave, self._expect_lanes))
             await self._see_in(arrival, parted=True)
+
+
+async def _lanes_of(qemu: QmpMachine) -> int:
+    """As QEMU says. One that waits for a page itself says nothing; every QEMU that is taken here has a lane for wanted pages."""
+    try:
+        async with asyncio.timeout(ANSWERS_WITHIN_S):
+            return await qemu.postcopy_channels()
+    except TimeoutError:
+        return 2
 
 
 def taking_up(
