@@ -215,8 +215,7 @@ class SourceMigration(Job):
             epoch=self.store.epoch(self._vm.name),
             peer=self._peer.name,
         )
-        has_gone = qemu.is_closed or not qemu.pid  # by postcopy the peer may still have to be asked
-        beginning.begin(self._context, enclave, connection, [] if has_gone else [f"/proc/{qemu.pid}/exe"])
+        beginning.begin(self._context, enclave, connection, [f"/proc/{qemu.pid}/exe"] if qemu.pid else [])
         self._gate = StandingGate(self, self._context, enclave, self._vm, "send")
         met = await self._watch(enclave.wait(enclave.established, HANDSHAKE_TIMEOUT_S, "peer.slow", "handshake"))
         self.update(detail=f"{met.peer_name} is who it should be", **facts_of(met))
@@ -431,7 +430,8 @@ class SourceMigration(Job):
     async def _meet_again(self, qemu: QmpMachine) -> EnclaveProcess:
         """As `_meet`, and nothing is left of a try that failed: there may be many."""
         try:
-            return await self._meet(qemu)
+            # one that is gone cannot be measured, and the peer is asked all the same
+            return await self._meet(QmpMachine.gone(self._vm.qmp) if qemu.is_closed else qemu)
         except BaseException as error:
             if self._enclave is not None:
                 self._enclave.abort(for_peer(self._reason_of(error)))
