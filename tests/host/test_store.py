@@ -14,7 +14,7 @@ from sealane.errors import SealaneError
 from sealane.host.models import Peer, VmDefinition
 from sealane.host.store import Store
 from sealane.hypervisor.driver import MigrationSettings
-from sealane.hypervisor.launch import LaunchedMachine
+from sealane.hypervisor.process import LaunchedMachine
 from tests.host.factories import NOW, migration
 
 BEFORE = MigrationSettings(frozenset({"auto-converge"}), {"max-bandwidth": 1 << 40, "mode": "normal"})

@@ -10,14 +10,8 @@ from pathlib import Path
 import pytest
 
 from sealane.errors import SealaneError
-from sealane.hypervisor.launch import (
-    LaunchedMachine,
-    destroy,
-    incoming_argv,
-    launch_incoming,
-    start_time_ticks,
-    trim_log,
-)
+from sealane.hypervisor.launch import destroy, incoming_argv, launch_incoming, trim_log
+from sealane.hypervisor.process import LaunchedMachine, start_time_ticks
 from sealane.hypervisor.qmp import QmpMachine
 from tests.hypervisor.machines import command, qemu_binaries
 

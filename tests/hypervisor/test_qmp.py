@@ -12,6 +12,7 @@ import pytest
 
 from sealane.errors import SealaneError
 from sealane.hypervisor.driver import Closed, MigrationParameters, QmpEvent, VmEvent
+from sealane.hypervisor.process import LaunchedMachine, start_time_ticks
 from sealane.hypervisor.qmp import BANDWIDTH_UNBOUNDED, QmpMachine
 from sealane.hypervisor.qmp_connection import EventStream
 from tests.hypervisor.machines import MEMORY_MIB, UUID, command, running, skip_without_qemu
@@ -272,20 +273,24 @@ async def test_a_connection_that_qemu_keeps_is_taken_up(qemu: str, tmp_path: Pat
     async with running(command(qemu, tmp_path / "s"), tmp_path / "s") as machine:
         await machine.lend()
         await machine.aclose()
+        holder = LaunchedMachine(machine.pid, start_time_ticks(machine.pid) or 0)
         with pytest.raises(SealaneError, match=r"vm\.unreachable"):
             async with QmpMachine.connect(path, 0.5):
                 pass
+        with pytest.raises(SealaneError, match=r"vm\.unreachable"):  # a later process of that pid, as far as is known
+            async with QmpMachine.take_up(path, LaunchedMachine(holder.pid, holder.start_time_ticks + 1), 0.5):
+                pass
         for _ in range(2):  # and the agent after the next
-            async with QmpMachine.take_up(path, 10) as again:
+            async with QmpMachine.take_up(path, holder, 10) as again:
                 assert await again.run_state() == "running"
                 with pytest.raises(SealaneError, match=r"only be run when postcopy is paused"):
                     await again.execute_out_of_band("migrate-recover", {"uri": f"unix:{tmp_path / 'm'}"})
-        async with QmpMachine.take_up(path, 10) as again:
+        async with QmpMachine.take_up(path, holder, 10) as again:
             await again.end_loan()
             await again.end_loan()  # nothing to do, and no error
         async with QmpMachine.connect(path, 10) as greeted:
             assert await greeted.run_state() == "running"
-        async with QmpMachine.take_up(path, 10) as nothing_kept:
+        async with QmpMachine.take_up(path, holder, 10) as nothing_kept:
             assert await nothing_kept.run_state() == "running"
 
 

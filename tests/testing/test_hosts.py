@@ -52,6 +52,8 @@ def test_a_wiretap_on_the_attackers_host(hosts: list[SimulatedHost]) -> None:
     with Wiretap((b.address, b.port), tampers=[flip_bit("forward", offset=0)], host=mallory) as wire:
         a.run(sys.executable, "-c", SEND, *map(str, wire.address), "hear this")
         server.wait_for("iear this")
+    assert "hear this" not in server.output
+    assert (wire.connections, wire.failures) == (1, [])
 
 
 def test_two_hosts_share_a_cable() -> None:

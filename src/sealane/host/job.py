@@ -22,7 +22,7 @@ from sealane.host.queue import NOW
 from sealane.host.store import Store, utc_now
 from sealane.host.subscription import Subscription
 from sealane.hypervisor.driver import MigrationSettings, VmDescription
-from sealane.hypervisor.launch import LaunchedMachine
+from sealane.hypervisor.process import LaunchedMachine
 from sealane.session.handover import ENDED, IN_POSTCOPY, Handover, Input, State
 from sealane.session.handover import Role as HandoverRole
 
@@ -31,6 +31,12 @@ Clock = Callable[[], datetime]
 Issue = Callable[[Migration], Migration]
 # States of a source whose VM may be elsewhere; it can no longer be cancelled.
 BEYOND_CANCEL: Final = frozenset({State.HANDING_OVER, State.IN_DOUBT}) | IN_POSTCOPY
+
+# Where a source's VM may be paused, and a destination's QEMU be there.
+_TO_CLEAR_UP: Final = frozenset(
+    {("source", "copying"), ("source", "switching-over")}
+    | {("destination", state) for state in ("preparing", "copying", "switching-over")}
+)
 
 
 def no_receipt(migration: Migration) -> Migration:
@@ -163,6 +169,15 @@ class Job(ABC):
         runs_at = runs_at_after(self._migration.role, state)
         return self.end(state=state.value, runs_at=runs_at, problem=problem_of(error))
 
+    def _break_off(self, error: Exception) -> Migration:
+        """As `fail`; but nobody knows whether the job cleared up after itself: recovery does, where there may be something left."""
+        role, state = self._migration.role, self._migration.state
+        if (role, state) not in _TO_CLEAR_UP:
+            return self.fail(error)
+        runs_at: RunsAt = "nowhere" if role == "source" else "source"
+        detail = "it broke off, and the agent clears up after it"
+        return self.leave(state=State.ABORTED.value, runs_at=runs_at, problem=problem_of(error), detail=detail)
+
     def cancel(self, code: str = "migration.cancelled") -> None:
         """Ask the job to end, for the reason `code`; it does so by itself, seen as CancelledError in `run`.
 
@@ -222,7 +237,7 @@ class Job(ABC):
             self.fail(error)
         except Exception as error:
             self.log.exception("unexpected error")
-            self.fail(error)
+            self._break_off(error)
         finally:
             if overdue is not None:
                 overdue.cancel()

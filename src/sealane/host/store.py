@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from sealane.errors import make_error
 from sealane.host.models import Migration, Peer, PeerTrust, VmDefinition
 from sealane.hypervisor.driver import MigrationSettings
-from sealane.hypervisor.launch import LaunchedMachine
+from sealane.hypervisor.process import LaunchedMachine
 
 SCHEMA: Final = """
 CREATE TABLE peers (

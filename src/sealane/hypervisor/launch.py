@@ -14,11 +14,11 @@ import signal
 import socket
 import stat
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from sealane.errors import SealaneError, make_error
+from sealane.hypervisor.process import LaunchedMachine, start_time_ticks
 from sealane.hypervisor.qmp import QmpMachine
 from sealane.limits import LAUNCH_TIMEOUT_S, QEMU_LOG_MAX
 
@@ -39,24 +39,6 @@ _SWEEPS: Final = 5
 
 # systemd's words to the agent are not for its children.
 _OURS_ALONE: Final = frozenset({"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID"})
-
-
-@dataclass(frozen=True)
-class LaunchedMachine:
-    """The process that holds a launched VM; with its start time (clock ticks since boot) the pid is unmistakable."""
-
-    pid: int
-    start_time_ticks: int
-
-
-def start_time_ticks(pid: int) -> int | None:
-    """Field 22 of /proc/PID/stat (proc(5)); None when there is no such process, or only its zombie."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = text[text.rindex(")") + 2 :].split()
-    return None if fields[0] in {"Z", "X"} else int(fields[19])
 
 
 def incoming_argv(argv: Sequence[str]) -> list[str]:

@@ -5,56 +5,48 @@ that has negotiated before: to a new one it says nothing until the page comes. S
 it a descriptor of the agent's own end of their connection (`add-fd`). The connection then outlives the agent, and the next one
 takes it up with pidfd_getfd(2) (Linux 5.6), which asks for the right to trace that QEMU. While it is lent, QEMU greets nobody
 else: a monitor has one client.
+
+Only the process that the journal says was launched for the VM is asked for it. Any other could hold a socket of the same name,
+in a mount namespace of its own, and play a QEMU behind it.
 """
 
 import ctypes
 import os
 import socket
-from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Final
+
+from sealane.hypervisor.process import LaunchedMachine, start_time_ticks
 
 LENT: Final = "sealane: kept for the next agent"
 _SYS_PIDFD_GETFD: Final = 438  # asm-generic/unistd.h; the same on every architecture
 
 
-def borrow(path: str) -> tuple[int, socket.socket] | None:
-    """The process that holds a client's end of its own monitor at `path`, and that end.
-
-    None where there is none, or it cannot be had.
+def borrow(path: str, holder: LaunchedMachine) -> socket.socket | None:
+    """The client's end of the monitor at `path` that this launched QEMU keeps; None where it keeps none, or it cannot be had.
 
     Nobody connects for it: what is not greeted stays in the monitor's queue, which is short.
     """
-    for pid in _processes_with(path):
-        try:
-            process = os.pidfd_open(pid)
-        except (OSError, AttributeError):
-            continue
-        try:
-            for name in os.listdir(f"/proc/{pid}/fd"):
-                if _is_socket(pid, name) and (found := _client_of(process, int(name), path)):
-                    return pid, found
-        except OSError:
-            pass
-        finally:
-            os.close(process)
-    return None
-
-
-def _processes_with(path: str) -> Iterator[int]:
-    """Those whose command line names it."""
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with suppress(OSError):
-            if os.fsencode(path) in Path(f"/proc/{name}/cmdline").read_bytes():
-                yield int(name)
+    try:
+        process = os.pidfd_open(holder.pid)
+    except (OSError, AttributeError):
+        return None
+    try:
+        if start_time_ticks(holder.pid) != holder.start_time_ticks:  # the pid was given out again
+            return None
+        names = os.listdir(f"/proc/{holder.pid}/fd")
+        sockets = (int(name) for name in names if _is_socket(holder.pid, name))
+        return next((found for number in sockets if (found := _client_of(process, number, path))), None)
+    except OSError:
+        return None
+    finally:
+        os.close(process)
 
 
 def _is_socket(pid: int, name: str) -> bool:
-    try:
+    with suppress(OSError):
         return os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:")
-    except OSError:
-        return False
+    return False
 
 
 def _client_of(process: int, number: int, path: str) -> socket.socket | None:
@@ -64,11 +56,9 @@ def _client_of(process: int, number: int, path: str) -> socket.socket | None:
     if descriptor < 0:
         return None
     found = socket.socket(fileno=descriptor)
-    try:
+    with suppress(OSError):
         if found.family == socket.AF_UNIX and found.getpeername() == path:
             found.setblocking(False)
             return found
-    except OSError:
-        pass
     found.close()
     return None

@@ -16,8 +16,9 @@ from sealane.hypervisor.driver import (
     QmpEvent,
     VmDescription,
 )
-from sealane.hypervisor.qmp_connection import EventStream, QmpConnection, as_dict, as_int
+from sealane.hypervisor.qmp_connection import EventStream, QmpConnection, as_dict, as_float, as_int
 from sealane.hypervisor.stranded import is_stranded, let_run
+from sealane.hypervisor.unshared import believes_in_postcopy, run_unshared
 from sealane.limits import QMP_TIMEOUT_S
 
 # `max-bandwidth` is a size (uint64); QEMU computes with it in int64 (migration/migration.c, migration_rate_set).
@@ -293,6 +294,21 @@ class QmpMachine(QmpConnection):
         """A source in "postcopy-paused" goes on by `uri`; `wait_migration` tells how."""
         await self.execute("migrate", {"uri": uri, "resume": True})
 
+    async def believes_in_postcopy(self) -> bool:
+        """Whether QEMU takes its VM to be in two halves."""
+        return await believes_in_postcopy(self)
+
+    async def run_unshared(self) -> None:
+        """Let a source run its VM whose other half is nowhere (`unshared`), whatever QEMU believes; again, it does no harm.
+
+        Only on the destination's word that it never ran the VM: elsewhere there would be two. Raises `vm.qmp` and what
+        `pause_postcopy` does where it stays paused.
+        """
+        if await self.run_state() == "running":
+            return
+        await self.pause_postcopy()
+        await run_unshared(self, f"{self.path}.gdb", self._timeout_s)
+
     async def cancel_migration(self) -> None:
         """End an outgoing migration and wait until it has ended; QEMU then lets a guest that ran before run again.
 
@@ -356,7 +372,7 @@ class QmpMachine(QmpConnection):
             ram_transferred=as_int(ram.get("transferred")),
             iteration=as_int(ram.get("dirty-sync-count")),
             dirty_rate_bytes_per_s=float(as_int(ram.get("dirty-pages-rate")) * page_bytes) if has_rate else None,
-            rate_bytes_per_s=cast(float, ram["mbps"]) * 1e6 / 8 if has_rate else None,
+            rate_bytes_per_s=as_float(ram["mbps"]) * 1e6 / 8 if has_rate else None,
             throttle_percent=as_int(answer["cpu-throttle-percentage"]) if "cpu-throttle-percentage" in answer else None,
             postcopy_requests=as_int(ram["postcopy-requests"]) if "postcopy-requests" in ram else None,
             error=cast(str | None, answer.get("error-desc")),

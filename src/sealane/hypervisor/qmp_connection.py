@@ -13,7 +13,7 @@ import socket
 import struct
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Final, Self, cast
+from typing import Final, Self, TypeGuard, cast
 
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
 from qemu.qmp.message import Message
@@ -21,10 +21,15 @@ from qemu.qmp.message import Message
 from sealane.errors import make_error
 from sealane.hypervisor.driver import Closed, QmpEvent, VmEvent
 from sealane.hypervisor.lent import LENT, borrow
+from sealane.hypervisor.process import LaunchedMachine
+from sealane.hypervisor.unix import connect_unix
 from sealane.limits import QMP_TIMEOUT_S
 
 # Events that a slow reader may leave waiting. A migration makes a dozen, a guest in a reset loop some per second.
 EVENTS_WAITING_MAX: Final = 4096
+# What an event says beside its name is left out where it is longer: those that Sealane looks at have some 200 bytes.
+EVENT_BYTES_MAX: Final = 1024
+_NUMBER_MAX: Final = 1 << 64
 
 _CLIENTS: Final = itertools.count()
 _SILENT: Final = logging.Logger("sealane.hypervisor.qmp.silent")
@@ -41,17 +46,25 @@ def _dicts(value: object) -> list[dict[str, object]]:
 
 
 def as_int(value: object) -> int:
-    """QEMU's value where it is a number, or 0."""
-    return int(value) if isinstance(value, int | float) else 0
+    """QEMU's value where it is a number of 64 bits, as all of its are, or 0."""
+    return int(as_float(value)) if isinstance(value, float) else int(value) if _fits(value) else 0
+
+
+def as_float(value: object) -> float:
+    """QEMU's value where it is a number, and no NaN or infinity, or 0."""
+    return float(value) if _fits(value) else 0.0
+
+
+def _fits(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and -_NUMBER_MAX <= value <= _NUMBER_MAX
 
 
 class _Client(QMPClient):
     """The library's client, silenced, that hands each event on as it comes."""
 
     def __init__(self, on_event: Callable[[Message], None]) -> None:
-        super().__init__(
-            f"{os.getpid()}-{next(_CLIENTS)}"
-        )  # begins each command's id: an answer to an earlier client has another
+        # each command's id begins with this name: an answer to an earlier client has another
+        super().__init__(f"{os.getpid()}-{next(_CLIENTS)}")
         self.logger = _SILENT
         self._on_event = on_event
 
@@ -66,17 +79,6 @@ class _Client(QMPClient):
             self._on_event(msg)
         else:
             await super()._on_message(msg)
-
-
-async def _open_socket(path: str) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, path)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 def _peer_pid(sock: socket.socket) -> int:
@@ -132,7 +134,7 @@ class QmpConnection:
 
     def __init__(self, path: str, timeout_s: float = QMP_TIMEOUT_S) -> None:
         self.path = path
-        self._may_borrow = False
+        self._holder: LaunchedMachine | None = None
         self.pid = 0
         self._timeout_s = timeout_s
         self._client = _Client(self._dispatch)
@@ -152,10 +154,10 @@ class QmpConnection:
         return cls(path, timeout_s)
 
     @classmethod
-    def take_up(cls, path: str, timeout_s: float = QMP_TIMEOUT_S) -> Self:
-        """As `connect`; over the connection that an earlier agent lent to QEMU, where there is one (`lent.py`)."""
+    def take_up(cls, path: str, holder: LaunchedMachine | None, timeout_s: float = QMP_TIMEOUT_S) -> Self:
+        """As `connect`; over the connection that an earlier agent lent to the QEMU it launched, where there is one (`lent.py`)."""
         machine = cls(path, timeout_s)
-        machine._may_borrow = True
+        machine._holder = holder
         return machine
 
     @classmethod
@@ -168,12 +170,10 @@ class QmpConnection:
     async def __aenter__(self) -> Self:
         try:
             async with asyncio.timeout(self._timeout_s):
-                kept = borrow(self.path) if self._may_borrow else None
-                if kept is None:
-                    sock = await _open_socket(self.path)
-                    self.pid = _peer_pid(sock)
-                else:
-                    self.pid, sock = kept
+                kept = borrow(self.path, self._holder) if self._holder else None
+                sock = await connect_unix(self.path) if kept is None else kept
+                self.pid = _peer_pid(sock)
+                if kept is not None:
                     self._client.await_greeting = self._client.negotiate = False
                 try:
                     await self._client.connect(sock)
@@ -213,7 +213,7 @@ class QmpConnection:
         detail = ""
         try:
             await self._client.disconnect()
-        except (OSError, QMPError, EOFError) as error:
+        except Exception as error:  # also what the library makes of a line that is no QMP
             detail = _reason(error)
         finally:
             self._closed.set()
@@ -280,8 +280,8 @@ class QmpConnection:
     def _dispatch(self, message: Message) -> None:
         stamp = as_dict(message.get("timestamp"))
         event = QmpEvent(
-            name=str(message["event"]),
-            data=as_dict(message.get("data")),
+            name=str(message["event"])[:EVENT_BYTES_MAX],
+            data=as_dict(message.get("data")) if len(bytes(message)) <= EVENT_BYTES_MAX else {},
             timestamp_s=as_int(stamp.get("seconds")) + as_int(stamp.get("microseconds")) / 1e6,
         )
         for stream in list(self._streams):

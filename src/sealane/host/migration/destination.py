@@ -55,7 +55,8 @@ from sealane.host.problems import problem_of
 from sealane.host.quoting import check_launched, incoming_binaries
 from sealane.host.registry import PROBE_TIMEOUT_S, is_absent
 from sealane.hypervisor.driver import MigrationParameters
-from sealane.hypervisor.launch import LaunchedMachine, destroy, last_words, launch_incoming
+from sealane.hypervisor.launch import destroy, last_words, launch_incoming
+from sealane.hypervisor.process import LaunchedMachine
 from sealane.hypervisor.qmp import QmpMachine
 from sealane.limits import (
     CHANNEL_ANSWER_TIMEOUT_S,
@@ -109,7 +110,7 @@ class DestinationMigration(Job):
     async def run(self) -> None:
         """Carry the migration out; ends in completed or aborted whatever happens."""
         try:
-            with SocketDirectory(self._context.paths.run, self.id) as directory:
+            with SocketDirectory(self._context.paths.run) as directory:
                 try:
                     await self._receive(directory)
                 except BaseException as error:

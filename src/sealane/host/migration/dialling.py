@@ -5,11 +5,13 @@ import contextlib
 import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 from sealane.errors import HostError, PeerError
+from sealane.hypervisor.unix import connect_unix
 from sealane.limits import (
     LANE_RATE_MAX_BYTES_PER_S,
     LANE_WINDOW_MIN,
@@ -100,15 +102,13 @@ async def all_or_none(dialling: Sequence[Coroutine[Any, Any, socket.socket]]) ->
 
 async def dial_vm(path: Path) -> socket.socket:
     """A connection to the unix socket on which a destination's QEMU listens; raises `migration.destination-died`."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        connection.setblocking(False)
-        # two records: QEMU reads 32 KiB at a time, and each time this buffer runs full costs a switch of tasks
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * RECORD_PAYLOAD_MAX)
-        await asyncio.get_running_loop().sock_connect(connection, str(path))
+        connection = await connect_unix(str(path))
     except OSError as error:
-        connection.close()
-        raise HostError("migration.destination-died", f"QEMU does not listen: {error.strerror}") from error
+        reason = error.strerror or "it takes no connection"
+        raise HostError("migration.destination-died", f"QEMU does not listen: {reason}") from error
+    # two records: QEMU reads 32 KiB at a time, and each time this buffer runs full costs a switch of tasks
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * RECORD_PAYLOAD_MAX)
     return connection
 
 
@@ -139,16 +139,21 @@ def remove_socket_directories(run: Path) -> None:
 
 
 class SocketDirectory:
-    """A private directory for one migration's unix sockets, gone afterwards."""
+    """A private directory for one migration's unix sockets, gone afterwards.
 
-    def __init__(self, run: Path, migration: str) -> None:
-        self._path = run / _DIRECTORIES / migration[:12]
+    Its name is this host's choice and new each time: a migration's id is the peer's choice, and two in one directory would lead
+    one VM's lanes to the other's QEMU.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._root = run / _DIRECTORIES
 
     def __enter__(self) -> Path:
         try:
-            self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._path = Path(tempfile.mkdtemp(prefix="", dir=self._root))
         except OSError as error:
-            raise HostError("host.permission", f"{self._path}: {error.strerror}") from error
+            raise HostError("host.permission", f"{self._root}: {error.strerror}") from error
         return self._path
 
     def __exit__(self, *_: object) -> None:

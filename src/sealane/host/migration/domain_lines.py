@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from sealane.errors import HostError, SealaneError
+from sealane.errors import HostError, InternalError, SealaneError
+from sealane.hypervisor.unix import connect_unix
 from sealane.libvirt.gate import ConfirmGate
 from sealane.libvirt.rpcfilter import RpcFilter
 
@@ -27,14 +28,10 @@ def _as_it_is(data: bytes) -> bytes:
 
 async def dial(path: Path) -> socket.socket:
     """A connection to a unix socket of this host; raises `libvirt.unreachable`."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.setblocking(False)
     try:
-        await asyncio.get_running_loop().sock_connect(connection, str(path))
+        return await connect_unix(str(path))
     except OSError as error:
-        connection.close()
-        raise HostError("libvirt.unreachable", f"{path}: {error.strerror}") from error
-    return connection
+        raise HostError("libvirt.unreachable", f"{path}: {error.strerror or 'it takes no connection'}") from error
 
 
 class Line:
@@ -66,10 +63,14 @@ class Line:
             self.failure = self.failure or error
         except OSError:
             pass
-        # libvirt's protocol knows no half-closed connection: what one end closed is closed for both
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+        except Exception as error:  # a leg that ended without a word would be a migration that stands still
+            self.failure = self.failure or InternalError("internal.error", f"a line to libvirt: {type(error).__name__}")
+            raise
+        finally:
+            # libvirt's protocol knows no half-closed connection: what one end closed is closed for both
+            for end in (source, sink):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
 
     async def close(self) -> None:
         """End both directions and close both connections."""

@@ -27,7 +27,7 @@ from sealane.host.migration.postcopy_destination import Half
 from sealane.host.migration.rejoining import taking_up
 from sealane.host.models import Migration, Name, Protection, VmDefinition
 from sealane.host.quoting import incoming_binaries
-from sealane.host.store import utc_now
+from sealane.host.store import JournalEntry, utc_now
 from sealane.libvirt.domains import address_of
 from sealane.limits import HANDSHAKE_TIMEOUT_S, PREPARE_TIMEOUT_S
 from sealane.session.handover import IN_POSTCOPY
@@ -124,15 +124,17 @@ class Reception:
             if isinstance(job, DestinationMigration):
                 job.rejoin(met, wish, Half(enclave, self.expect_lanes))
                 return job
-            known = next((each.migration for each in self._context.store.find(self._id)), None)
-            if job is None and known is not None and is_half_of(known, met, wish):
+            known = next(iter(self._context.store.find(self._id)), None)
+            if job is None and known is not None and is_half_of(known.migration, met, wish):
                 return self._taken_up(enclave, met, known)
         raise make_error("migration.unknown", "no postcopy of that VM waits here")
 
-    def _taken_up(self, enclave: EnclaveProcess, met: PeerEstablished, known: Migration) -> Job:
+    def _taken_up(self, enclave: EnclaveProcess, met: PeerEstablished, entry: JournalEntry) -> Job:
         """An earlier agent's postcopy: go on with it, or say how it ended."""
+        known = entry.migration
         if known.state in IN_POSTCOPY:
-            return self._context.jobs.take_up(known.id, taking_up(self._context, self.expect_lanes, enclave, met))
+            make_job = taking_up(self._context, self.expect_lanes, enclave, met, entry.launched)
+            return self._context.jobs.take_up(known.id, make_job)
         assert known.epoch is not None  # noqa: S101 - is_half_of compared it
         answer = (
             messages.Arrived(epoch=known.epoch, digest=None)

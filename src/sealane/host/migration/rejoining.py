@@ -23,6 +23,7 @@ from sealane.host.migration.postcopy_destination import ANSWERS_WITHIN_S, Arriva
 from sealane.host.migration.source import SourceMigration
 from sealane.host.models import Migration, MigrationRequest, VmDefinition
 from sealane.host.registry import is_absent
+from sealane.hypervisor.process import LaunchedMachine
 from sealane.hypervisor.qmp import QmpMachine
 from sealane.session.handover import Handover, Role, State
 
@@ -70,14 +71,18 @@ class RejoiningDestination(DestinationMigration):
         met: PeerEstablished,
         vm: VmDefinition,
         migration: Migration,
+        holder: LaunchedMachine | None,
     ) -> None:
+        """`holder` is the QEMU that an earlier agent launched for it."""
         nothing_to_prepare = cast(messages.Prepare, None)
         super().__init__(context, expect_lanes, enclave, met, nothing_to_prepare, vm, migration)
         self._handover = Handover(Role.DESTINATION, State.POSTCOPY_PAUSED)
+        self._holder = holder
         self._begun = time.monotonic() - (self.clock() - migration.started_at).total_seconds()
 
     async def _receive(self, directory: Path) -> None:
-        async with QmpMachine.take_up(self._vm.qmp, self._context.settings.limits.qmp_timeout_s) as qemu:
+        timeout_s = self._context.settings.limits.qmp_timeout_s
+        async with QmpMachine.take_up(self._vm.qmp, self._holder, timeout_s) as qemu:
             lanes = await _lanes_of(qemu)
             self._arrival = arrival = Arrival(self, self._handover, qemu, directory, lanes, self._enclave)
             arrival.rejoining.put_nowait(Half(self._enclave, self._expect_lanes))
@@ -94,9 +99,13 @@ async def _lanes_of(qemu: QmpMachine) -> int:
 
 
 def taking_up(
-    context: MigrationContext, expect_lanes: Callable[[LaneTokens], None], enclave: EnclaveProcess, met: PeerEstablished
+    context: MigrationContext,
+    expect_lanes: Callable[[LaneTokens], None],
+    enclave: EnclaveProcess,
+    met: PeerEstablished,
+    holder: LaunchedMachine | None,
 ) -> Callable[[Migration], Job]:
     """What `Jobs.take_up` makes the destination's job with."""
     return lambda migration: RejoiningDestination(
-        context, expect_lanes, enclave, met, context.registry.get(migration.vm), migration
+        context, expect_lanes, enclave, met, context.registry.get(migration.vm), migration, holder
     )

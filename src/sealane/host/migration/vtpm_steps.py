@@ -11,7 +11,7 @@ from sealane.host.migration.context import MigrationContext
 from sealane.host.migration.enclave_process import uninterrupted
 from sealane.host.migration.messages import Prepare, Ticket
 from sealane.host.models import VmDefinition
-from sealane.hypervisor.launch import LaunchedMachine
+from sealane.hypervisor.process import LaunchedMachine
 
 
 async def launch_with_tpm(
