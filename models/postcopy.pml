@@ -10,16 +10,17 @@
  *   fail. Before the VM is given up whoever waits may give up at any moment; afterwards an end goes on trying. `fate` kills agents
  *   and QEMUs and cuts, CRASHES times in all.
  *   QEMU, as far as it decides: what a destination lacks to run the VM comes with the source's switch alone, and a destination
- *   whose stream ends before it ends itself. A source that has switched (HALF) takes no command that lets the VM run there. A
- *   switch that fails before anything has left makes it PAUSED, and so may one that fails when all has left already.
+ *   whose stream ends before it ends itself. A source that has switched (HALF) takes no command that lets the VM run there, but can
+ *   be made to (`run_unshared`): that is safe only where the destination refused. A switch that fails before anything has left
+ *   makes it PAUSED, and so may one that fails when all has left already.
  *
  * What is not
  *   The copy that ends by itself, epochs, several migrations (handover.pml); pages one by one: all of them are there, or not.
  *
  * What no safeguard helps against, and the claims leave out
- *   The loss of a QEMU that holds a half, and lanes that break within the switch (`switch_failed`): then the VM is whole at the
- *   source, and its QEMU may have no command to let it run (HALF). The copy is kept; that it is, is claimed. Where it has one
- *   (PAUSED), and the destination is lost, an operator may say that the VM is the source's.
+ *   The loss of a QEMU that holds a half, and a switch that all came through, but for the source's QEMU, which calls it failed
+ *   (`split_switch`): then both have the VM, neither gives it up, and nothing can be joined. That one copy is kept is claimed; where
+ *   the destination's is lost, an operator may say that the VM is the source's.
  *
  * The names are those of the code, and the table is drawn from it: table.pml. Each safeguard can be taken out, and the checks
  * then fail (tests/models/test_postcopy_model.py):
@@ -36,6 +37,8 @@
  *   -DDROP_WITHOUT_LOOKING    an operator has a half ended whose other half is not lost
  *   -DOWN_WITHOUT_LOOKING     ... or the VM run at a source that has it whole, while the destination has it too
  *   -DJOIN_BEFORE_ASKING      a source whose QEMU is in no postcopy does not ask the destination what became of the VM
+ *   -DRUN_UNREFUSED           a source whose QEMU believes in postcopy is made to run the VM when it is parted, and not refused
+ *   -DLEAVE_UNSHARED          ... or never, as long as QEMU believes in postcopy
  */
 #include "table.pml"
 
@@ -55,7 +58,8 @@ mtype:copy = { GONE, WAITING, PAUSED, HALF, RUNNING };
 mtype:copy source_qemu = RUNNING, destination_qemu = GONE;
 bool in_switch;		/* the devices' state is on its way */
 bool whole;		/* all of the memory is at the destination */
-bool switch_failed, source_lost, destination_lost;
+bool came_through, ran_there;	/* at some time the destination's QEMU had all that it needs to run the VM; and ran it */
+bool split_switch, source_lost, destination_lost;
 
 /* Disks. */
 mtype:state source_journal = COMPLETED, destination_journal = COMPLETED;
@@ -121,9 +125,7 @@ inline say(kind) {
 }
 
 inline part() {
-	lanes = false; destination_listens = false; orphan = false;
-	switch_failed = switch_failed || in_switch;
-	in_switch = false
+	lanes = false; destination_listens = false; orphan = false; in_switch = false
 }
 
 inline cut() {
@@ -140,6 +142,20 @@ inline resume_source() {
 		:: else
 		fi
 	}
+}
+
+/* ... although its QEMU takes it to be in two halves; only once the journal knows why. */
+inline run_unshared() {
+#ifndef LEAVE_UNSHARED
+	d_step {
+		if
+		:: source_qemu == HALF && source_journal == ABORTED -> source_qemu = RUNNING; must(!ran_there)
+		:: else
+		fi
+	}
+#else
+	skip
+#endif
 }
 
 inline quit_source() {
@@ -166,7 +182,7 @@ inline destroy_destination() {
 inline resume_destination() {
 	d_step {
 		if
-		:: destination_qemu == PAUSED -> destination_qemu = RUNNING
+		:: destination_qemu == PAUSED -> destination_qemu = RUNNING; ran_there = true
 		:: else
 		fi
 	}
@@ -178,7 +194,7 @@ inline let_switch() {
 	:: atomic { source_qemu == PAUSED && lanes -> source_qemu = HALF; in_switch = true }
 	/* all has left, and then the lanes break before QEMU has said its last word: for it the switch failed */
 	:: atomic { source_qemu == PAUSED && lanes && crashes < CRASHES && destination_qemu == WAITING ->
-		crashes++; destination_qemu = PAUSED; switch_failed = true;
+		crashes++; destination_qemu = PAUSED; came_through = true; split_switch = true;
 #ifdef QEMU_PAUSES_THE_VM
 		source_qemu = RUNNING;
 #endif
@@ -186,7 +202,7 @@ inline let_switch() {
 	   }
 	/* the lanes were gone: nothing has left; or QEMU's socket was not closed yet, and took it */
 	:: atomic { source_qemu == PAUSED && !lanes }
-	:: atomic { source_qemu == PAUSED && !lanes -> source_qemu = HALF; switch_failed = true }
+	:: atomic { source_qemu == PAUSED && !lanes -> source_qemu = HALF }
 	:: source_qemu != PAUSED
 	fi
 }
@@ -238,7 +254,7 @@ start:	{
 			fi
 #endif
 		:: source_journal == COMPLETED && begun -> quit_source()
-		:: source_journal == ABORTED -> resume_source()	/* `aborted`, but not ended */
+		:: source_journal == ABORTED -> resume_source(); run_unshared()	/* `aborted`, but not ended */
 		:: else
 		fi;
 		source_state = source_journal;
@@ -302,6 +318,16 @@ serve:		if
 		source_state = ABORTED;
 		goto ended;
 #endif
+#ifdef RUN_UNREFUSED
+		d_step {
+			if
+			:: source_qemu == HALF -> source_qemu = RUNNING
+			:: else
+			fi
+		};
+		source_state = ABORTED;
+		goto ended;
+#endif
 
 		/* again and again; here: as soon as somebody is there who answers, and not where an answer changes nothing */
 join:		source_at_rest = true;
@@ -345,6 +371,7 @@ hears_arrived:	source_state = source_after(source_state, ARRIVED);
 hears_refusal:	source_state = source_after(source_state, REFUSED);
 		source_end();	/* before the VM runs here again, where the disk lets us */
 		resume_source();
+		run_unshared();
 		goto ended;
 
 give_up:	source_state = source_after(source_state, FAILED);
@@ -355,7 +382,7 @@ ended:		skip;
 		d_step { cut() };
 rest:		source_at_rest = true;
 endrest:	if
-		:: source_journal != source_state -> source_journal = source_state; goto endrest
+		:: source_journal != source_state -> source_journal = source_state; run_unshared(); goto endrest
 		fi
 	} unless {
 		atomic { kill_source -> cut(); source_at_rest = false }
@@ -446,7 +473,7 @@ endrest:	if
 #ifdef TICKET_LETS_RUN
 		d_step {
 			if
-			:: destination_qemu == WAITING -> destination_qemu = RUNNING
+			:: destination_qemu == WAITING -> destination_qemu = RUNNING; ran_there = true
 			:: else
 			fi
 		};
@@ -545,7 +572,7 @@ give_up:	if
 /* What the two QEMUs do without being told. */
 active proctype qemus() {
 end:	do
-	:: atomic { in_switch && lanes && destination_qemu == WAITING -> in_switch = false; destination_qemu = PAUSED }
+	:: atomic { in_switch && lanes && destination_qemu == WAITING -> in_switch = false; destination_qemu = PAUSED; came_through = true }
 	:: atomic { was_connected && !lanes && destination_qemu == WAITING -> destination_qemu = GONE }	/* its stream ended */
 	:: atomic { lanes && !whole && source_qemu == HALF && has_switched -> whole = true }
 	:: atomic { orphan && whole ->	/* no QEMU, but what it ends with */
@@ -577,17 +604,19 @@ end:	do
 #define can_run_at_source (source_qemu == RUNNING || source_qemu == PAUSED)
 #define can_be_joined (source_qemu == HALF && (has_switched || (in_switch && destination_qemu == WAITING)))
 #define all_there (has_switched && whole)
-#define kept_at_source (switch_failed && source_qemu != GONE)
+#define unshared (source_qemu == HALF && !came_through)
 #define settled (begun && source_at_rest && destination_at_rest && !kill_source && !kill_destination && \
-	source_wrote && destination_wrote && (lost || switch_failed || \
+	source_wrote && destination_wrote && (lost || split_switch || \
 	(ended(source_state) && ended(destination_state) && (source_qemu == RUNNING || (destination_qemu == RUNNING && whole)))))
 
 /* Nobody does what the table does not have. */
 ltl in_the_table { [] (source_state != 0 && destination_state != 0 && source_journal != 0 && destination_journal != 0) }
 /* Two copies never run. */
 ltl never_two { [] !(source_qemu == RUNNING && destination_qemu == RUNNING) }
-/* There is always a copy that can run, or halves that can be joined; or what is left of a failed switch is kept. */
-ltl never_none { [] (can_run_at_source || can_be_joined || all_there || kept_at_source || lost) }
+/* There is always a copy that can run, or halves that can be joined; or the source's has not become a half but in its QEMU's eyes. */
+ltl never_none { [] (can_run_at_source || can_be_joined || all_there || unshared || lost) }
+/* What has run at the destination does not run at the source any more, but where it was lost there. */
+ltl never_back { [] !(source_qemu == RUNNING && ran_there && !destination_lost) }
 /* Who says that the VM runs there has given it up: it does not run here. */
 ltl given_up { [] !(source_at_rest && (source_state == POSTCOPY || source_state == POSTCOPY_PAUSED) && source_qemu == RUNNING) }
 /* In the end both have ended, and the VM runs. */

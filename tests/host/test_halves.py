@@ -47,7 +47,8 @@ class Played:
     async def settle(self, migration_id: str) -> None:
         self.seen.append(self.store.find(migration_id)[0].migration)
 
-    async def is_whole(self, entry: JournalEntry) -> bool:
+    async def is_whole(self, entry: JournalEntry, *, is_promised: bool = False) -> bool:
+        self.was_promised = is_promised
         assert self.jobs.job(entry.migration.id) is None  # whose connection to QEMU is the only one
         return self.whole
 
@@ -244,6 +245,16 @@ async def test_a_source_that_has_the_vm_whole_runs_it_again_and_the_journal_know
     assert seen.resolution is not None
     assert (seen.resolution.decision, seen.resolution.by, seen.resolution.user) == ("own-here", "operator", "root")
     assert "as it was at the switch" in seen.resolution.words
+
+
+@pytest.mark.parametrize("said", [None, UNKNOWN, GONE, PROMISE])
+async def test_only_a_promise_makes_a_vm_whole_whose_qemu_believes_in_postcopy(
+    source: Played, said: Answer | None
+) -> None:
+    source.answer = said
+    with pytest.raises(SealaneError, match=r"resolve\.half"):
+        await source.resolve("own-here", looked=True)
+    assert source.was_promised is (said is PROMISE)
 
 
 @pytest.mark.parametrize(("said", "code"), [(None, TWO), (UNKNOWN, TWO), (UNDER_WAY, AGAINST), (RAN, AGAINST)])

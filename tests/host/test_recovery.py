@@ -5,6 +5,8 @@ import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -12,16 +14,21 @@ from sealane.errors import SealaneError, make_error
 from sealane.host import recovery as recovery_module
 from sealane.host.doubts import resolution_of
 from sealane.host.jobs import Jobs
+from sealane.host.migration.messages import Promise
 from sealane.host.models import Migration
 from sealane.host.problems import problem_of
 from sealane.host.recovery import Recovery
 from sealane.host.store import JournalEntry, Store
 from sealane.hypervisor.driver import MigrationParameters, MigrationSettings
-from sealane.hypervisor.launch import LaunchedMachine, launch_incoming, start_time_ticks
+from sealane.hypervisor.launch import launch_incoming
+from sealane.hypervisor.process import LaunchedMachine, start_time_ticks
 from sealane.hypervisor.qmp import QmpMachine
+from sealane.libvirt.domains import DomainAddress
+from sealane.libvirt.machine import DomainMachine
 from tests.host.factories import NOW, migration
+from tests.host.stand_ins import StandInJob
 from tests.hypervisor.machines import command, running, skip_without_qemu
-from tests.hypervisor.strands import failed_switch
+from tests.hypervisor.strands import failed_switch, unshared_switch
 
 pytestmark = pytest.mark.e2e
 QEMU = skip_without_qemu()[-1]
@@ -125,12 +132,52 @@ async def test_a_source_that_runs_is_not_in_doubt(tmp_path: Path, state: str) ->
     """The refusal was heard and the VM resumed, and the agent died before it wrote that down."""
     with Store(tmp_path / "db") as store:
         store.journal(migration(1, state=state), qmp=str(tmp_path / "s"))
-        async with running(command(QEMU, tmp_path / "s"), tmp_path / "s") as source:
-            await source.aclose()
+        async with stopped_by_migration(tmp_path, completed=True):
+            async with QmpMachine.connect(str(tmp_path / "s"), 10) as source:
+                while (
+                    await source.run_state() == "finish-migrate"
+                ):  # QEMU says "completed" a moment before it has tidied up
+                    await asyncio.sleep(0.01)
+                await source.resume()
             jobs, _ = await recovered(store, tmp_path / "s")
             assert await run_state(tmp_path / "s") == "running"
         assert (store.migrations()[0].state, store.migrations()[0].runs_at) == ("aborted", "source")
         assert jobs.active_for("web01") is None
+
+
+@pytest.mark.parametrize(
+    ("state", "stays", "runs_at"),
+    [
+        ("handing-over", "in-doubt", "in-doubt"),
+        ("in-doubt", "in-doubt", "in-doubt"),
+        ("postcopy", "postcopy-paused", "destination"),
+    ],
+)
+async def test_a_vm_that_was_started_anew_ends_no_doubt(tmp_path: Path, state: str, stays: str, runs_at: str) -> None:
+    """The host lost its power, and something starts its VMs at boot: what was sent away may run at the destination all the same."""
+    with Store(tmp_path / "db") as store:
+        store.journal(migration(1, state=state), qmp=str(tmp_path / "s"))
+        async with running(command(QEMU, tmp_path / "s"), tmp_path / "s") as started_anew:
+            await started_anew.aclose()
+            jobs, _ = await recovered(store, tmp_path / "s")
+            assert await run_state(tmp_path / "s") == "running"
+        assert (store.migrations()[0].state, store.migrations()[0].runs_at) == (stays, runs_at)
+        assert jobs.active_for("web01")
+
+
+@pytest.mark.parametrize(("reason", "ends"), [("BOOTED", "in-doubt"), ("UNPAUSED", "aborted")])
+async def test_nor_does_a_domain_of_libvirt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str, ends: str
+) -> None:
+    libvirt = pytest.importorskip("libvirt")
+    numbers = [libvirt.VIR_DOMAIN_RUNNING, getattr(libvirt, f"VIR_DOMAIN_RUNNING_{reason}")]
+    connection = SimpleNamespace(lookupByUUIDString=lambda _: SimpleNamespace(state=lambda: numbers))
+    machine = DomainMachine(connection, DomainAddress(UUID(int=1), "qemu:///system"), 60)
+    monkeypatch.setattr(Recovery, "_machine", lambda _recovery, _entry: contextlib.nullcontext(machine))
+    with Store(tmp_path / "db") as store:
+        store.journal(migration(1, state="handing-over"))
+        await recovered(store, tmp_path / "s")
+        assert store.migrations()[0].state == ends
 
 
 async def test_a_source_that_hangs_stays_open_and_one_that_is_gone_does_not(tmp_path: Path) -> None:
@@ -265,6 +312,58 @@ async def test_a_source_whose_switch_failed_is_ended_by_a_word_alone(tmp_path: P
         assert store.migrations()[0].ended_at
 
 
+REFUSED = {"runs_at": "nowhere", "epoch": 3, "problem": problem_of(make_error("handover.refused", "it never ran"))}
+OTHERWISE = problem_of(make_error("handover.operator", "somebody said so"))
+PROMISED = resolution_of("own-here", "operator", Promise(migration="1" * 32, vm="web01", epoch=3), "it never ran")
+LOOKED = resolution_of("own-here", "operator", None, "somebody has looked")
+
+
+@pytest.mark.parametrize("how", ["refused", "promised"])
+async def test_a_vm_that_its_qemu_takes_to_be_in_two_halves_runs_again_where_the_destination_refused_it(
+    tmp_path: Path, how: str
+) -> None:
+    said = REFUSED if how == "refused" else REFUSED | {"problem": OTHERWISE, "resolution": PROMISED}
+    with Store(tmp_path / "db") as store:
+        store.journal(migration(1, state="aborted", **said), qmp=str(tmp_path / "s"))
+        async with unshared_switch(QEMU, tmp_path) as source:
+            await source.aclose()
+            jobs, recovery = await recovered(store, tmp_path / "s")
+            assert await run_state(tmp_path / "s") == "running"
+            assert recovery.is_done
+        after = store.migrations()[0]
+        assert (after.state, after.runs_at) == ("aborted", "source")
+        assert after.ended_at
+        assert jobs.active_for("web01") is None
+
+
+@pytest.mark.parametrize(
+    "journalled",
+    [
+        {**REFUSED, "state": "postcopy-paused"},
+        {**REFUSED, "state": "switching-over"},
+        {**REFUSED, "state": "aborted", "epoch": None},
+        {**REFUSED, "state": "aborted", "problem": None},
+        {**REFUSED, "state": "aborted", "problem": OTHERWISE},
+        {**REFUSED, "state": "aborted", "problem": OTHERWISE, "resolution": LOOKED},
+    ],
+    ids=["parted", "not given up", "no epoch", "no word", "another word", "somebody looked"],
+)
+async def test_a_vm_that_its_qemu_takes_to_be_in_two_halves_stays_paused_without_the_destinations_word(
+    tmp_path: Path, journalled: dict[str, Any]
+) -> None:
+    with Store(tmp_path / "db") as store:
+        store.journal(migration(1, **journalled), qmp=str(tmp_path / "s"))
+        async with unshared_switch(QEMU, tmp_path) as source:
+            await source.aclose()
+            jobs, recovery = await recovered(store, tmp_path / "s")
+            assert await run_state(tmp_path / "s") == "finish-migrate"
+            (entry,) = jobs.left_over()
+            assert not await recovery.is_whole(entry)
+            assert await recovery.is_whole(entry, is_promised=True)
+        assert store.migrations()[0].ended_at is None
+        assert jobs.active_for("web01")
+
+
 class HalfQemu:
     """A destination's QEMU in postcopy, whose VM was not let run yet."""
 
@@ -345,3 +444,34 @@ async def test_one_that_hangs_or_fails_oddly_holds_up_no_other(tmp_path: Path, m
         assert [settled.number for settled in await recovering] == [1, 3]
         assert not recovery.is_done
         assert jobs.active_for("vm2")
+
+
+async def test_what_recovery_saw_does_not_go_before_the_job_that_took_it_up_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source of a parted postcopy comes back whenever it likes."""
+    taken: list[StandInJob] = []
+
+    async def act(_recovery: Recovery, entry: JournalEntry) -> Migration:
+        if not taken:
+            taken.append(StandInJob(store, entry.migration))
+            raise make_error("vm.unreachable", "it waits for a page")
+        jobs.take_up(entry.migration.id, lambda _: taken[0])
+        return entry.migration.model_copy(update={"detail": "as it was before"})
+
+    monkeypatch.setitem(recovery_module._ACTIONS, ("destination", "postcopy-paused"), act)
+    with Store(tmp_path / "db") as store:
+        store.journal(migration(1, role="destination", state="postcopy-paused", runs_at="destination"))
+        jobs = Jobs(store)
+        recovery = Recovery(store, jobs, lambda _vm: None)
+        await recovery.recover()
+        assert await recovery.recover() == []
+        assert jobs.left_over() == []
+        assert [job.id for job in jobs.live] == [taken[0].id]
+        taken[0].steps.put_nowait(lambda: taken[0].end(state="completed", detail="all came"))
+        taken[0].steps.put_nowait(None)
+        await taken[0].ended.wait()
+        while jobs.live:
+            await asyncio.sleep(0)
+        assert jobs.active_for("web01") is None
+        assert (store.migrations()[0].state, store.migrations()[0].detail) == ("completed", "all came")

@@ -34,7 +34,10 @@ SAFETY = ("in_the_table", "never_two", "never_none", "doubt_is_paused")
 LIVENESS = ("ends",)
 HANDOVER = Model(MODEL, TABLE, SAFETY, LIVENESS)
 POSTCOPY = Model(
-    MODELS / "postcopy.pml", TABLE, ("in_the_table", "never_two", "never_none", "given_up"), liveness=("ends",)
+    MODELS / "postcopy.pml",
+    TABLE,
+    ("in_the_table", "never_two", "never_none", "never_back", "given_up"),
+    liveness=("ends",),
 )
 # What an end that believes may rely on, one by one; `everything` is all of them in one walk.
 AGREEMENT = (

@@ -74,6 +74,9 @@ def test_every_statement_is_reached() -> None:
         ("DROP_WITHOUT_LOOKING", "never_none"),
         ("OWN_WITHOUT_LOOKING", "never_two"),
         ("JOIN_BEFORE_ASKING", "ends"),
+        ("RUN_UNREFUSED", "never_two"),
+        ("RUN_UNREFUSED", "never_back"),
+        ("LEAVE_UNSHARED", "ends"),
     ],
 )
 def test_what_falls_without(safeguard: str, claim: str) -> None:

@@ -1,8 +1,9 @@
 """A postcopy whose halves stay parted: a person has them joined again, or gives up what is here, the other half being lost.
 
     --ask         at the source: try to join them now, by a new job where none tries any more
-    --own-here    only at a source whose QEMU has made no switch, or failed to: the VM is whole here, as of the switch, and no
-                  half can be joined any more. Else refused: half a memory cannot run
+    --own-here    only at a source whose QEMU has made no switch, or failed to, or where the destination promises that it came
+                  to nothing: the VM is whole here, as of the switch, and no half can be joined any more. Else refused: half a
+                  memory cannot run
     --drop-here   ends the half here, and the VM with it
 
 At the source the destination is asked before either word is followed, and its answer goes before the word:
@@ -133,7 +134,8 @@ class Halves:
                 resolution = resolution_of("drop-here", "destination", said, why)
                 return await self._end(migration.id, Input.ARRIVED, resolution, digest)
             parted = self._parted(migration.id)
-            if owns and not await self._recovery.is_whole(parted):
+            is_promised = isinstance(said, messages.Promise)
+            if owns and not await self._recovery.is_whole(parted, is_promised=is_promised):
                 raise make_error("resolve.half")
             if not owns and not request.i_have_looked and await self._recovery.is_whole(parted):
                 raise ControlError("resolve.could-lose-it", f"the VM is whole here; {why}", mend=_WHOLE_MEND)

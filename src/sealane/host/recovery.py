@@ -5,7 +5,8 @@ A previous agent left them, or a job of this one that could not do its last step
     role         journalled state                        what is done
     source       queued                                  nothing was done for it: aborted
     source       preparing, copying, switching-over      reclaim: cancel in QEMU, let the VM run again, aborted
-    source       aborted, but not ended                  the same: QEMU did not let the VM run again when it was asked
+    source       aborted, but not ended                  the same: QEMU did not let the VM run again when it was asked; one that
+                                                         believes in postcopy is asked only where the destination refused
     source       handing-over, in-doubt                  the VM stays paused: in-doubt; one that runs was refused: aborted
     source       completed, but not ended                the receipt came: end the copy that QEMU says it sent away, or its half
                  (`doubts` and `halves` journal `aborted` and `completed` so, when it is known how it ends)
@@ -36,16 +37,19 @@ from sealane.errors import SealaneError, make_error
 from sealane.host.jobs import Jobs
 from sealane.host.migration import settings
 from sealane.host.migration.postcopy_destination import ANSWERS_WITHIN_S, has_switched
+from sealane.host.migration.refused import run_where_refused
 from sealane.host.migration.volumes import remove_volumes
 from sealane.host.models import Migration, RunsAt
 from sealane.host.problems import problem_of
 from sealane.host.registry import is_absent
 from sealane.host.store import JournalEntry, Store, utc_now
-from sealane.hypervisor.launch import destroy, start_time_ticks
+from sealane.hypervisor.launch import destroy
+from sealane.hypervisor.process import start_time_ticks
 from sealane.hypervisor.qmp import QmpMachine
 from sealane.hypervisor.stranded import is_stranded
+from sealane.hypervisor.unshared import IN_POSTCOPY as KEEPS_HALF
 from sealane.libvirt.domains import is_domain
-from sealane.libvirt.machine import MigrationDirectory, destroy_incoming_domain, open_domain
+from sealane.libvirt.machine import DomainMachine, MigrationDirectory, destroy_incoming_domain, open_domain
 from sealane.limits import QMP_TIMEOUT_S
 from sealane.session.handover import ENDED, IN_POSTCOPY
 
@@ -53,10 +57,7 @@ _log = structlog.get_logger()
 
 # Where QEMU itself stopped the guest for a migration; `paused` is ours only if we journalled the switch-over.
 STOPPED_BY_MIGRATION: Final = frozenset({"finish-migrate", "postmigrate"})
-# What a QEMU says of its migration that keeps the half of a VM which it sent away.
-_KEEPS_HALF: Final = frozenset({"postcopy-active", "postcopy-paused", "postcopy-recover-setup", "postcopy-recover"})
-
-# ... and of one that was never told to switch, or could not.
+# What a QEMU says of its migration that was never told to switch to postcopy, or could not.
 _NOT_SWITCHED: Final = frozenset({"pre-switchover", "failed", "cancelled"})
 
 
@@ -120,14 +121,15 @@ class Recovery:
         self._inherited.discard(migration_id)
         await self.settle(migration_id)
 
-    async def is_whole(self, entry: JournalEntry) -> bool:
-        """Whether this source of a parted postcopy has the whole VM: its QEMU has made no switch, and can run the VM again.
+    async def is_whole(self, entry: JournalEntry, *, is_promised: bool = False) -> bool:
+        """Whether this source of a parted postcopy has the whole VM: its QEMU has made no switch, and can run the VM again; or
+        has made one that nothing came of, `is_promised` by the destination (`refused`).
 
         Not where that QEMU is gone; raises `vm.unreachable` where it does not say.
         """
         try:
             async with self._machine(entry) as machine:
-                return await _is_whole(machine)
+                return await _is_whole(machine) or (is_promised and await _keeps_half(machine))
         except SealaneError as error:
             if not is_absent(error):
                 raise
@@ -137,7 +139,10 @@ class Recovery:
         log = _log.bind(migration=entry.migration.id[:8], vm=entry.migration.vm, role=entry.migration.role)
         try:
             action = _ACTIONS[entry.migration.role, entry.migration.state]
-            migration = self._jobs.settle(await action(self, entry))
+            looked = await action(self, entry)
+            if self._jobs.job(entry.migration.id) is not None:
+                return None  # its source came back meanwhile, and a job goes on with it
+            migration = self._jobs.settle(looked)
         except SealaneError as error:
             log.warning("not recovered yet", code=error.code, detail=error.detail)
             return None
@@ -161,12 +166,14 @@ class Recovery:
             raise missing
         if is_domain(path):
             return cast(AbstractAsyncContextManager[QmpMachine], open_domain(path))  # as far as it is used here
-        return QmpMachine.take_up(path, self._qmp_timeout_s)
+        return QmpMachine.take_up(path, entry.launched, self._qmp_timeout_s)
 
     async def _reclaim(self, entry: JournalEntry) -> Migration:
         ours = STOPPED_BY_MIGRATION | ({"paused"} if entry.migration.state in {"switching-over", "aborted"} else set())
         try:
             async with self._machine(entry) as machine:
+                if await run_where_refused(machine, self._store, entry.migration.id):
+                    return _aborted(entry, "source", "the VM runs here again")
                 await machine.cancel_migration()
                 run_state = await machine.run_state()
                 if run_state in ours:
@@ -256,9 +263,17 @@ class Recovery:
         return _changed(entry, state="in-doubt", runs_at="in-doubt", problem=problem)
 
     async def _runs_again(self, entry: JournalEntry) -> bool:
+        """Whether the copy that was sent away runs; a VM that was started anew on its socket is not that, and settles nothing."""
         with contextlib.suppress(SealaneError):
             async with self._machine(entry) as machine:
                 if await machine.run_state() == "running":
+                    if await _was_started_anew(machine):
+                        _log.warning(
+                            "a VM was started anew where a copy was kept that may run elsewhere",
+                            migration=entry.migration.id[:8],
+                            vm=entry.migration.vm,
+                        )
+                        return False
                     await settings.restore(machine, entry.qemu_before)
                     return True
         return False
@@ -332,9 +347,18 @@ async def _status_of(machine: QmpMachine) -> str:
         return ""
 
 
+async def _was_started_anew(machine: QmpMachine | DomainMachine) -> bool:
+    """Whether this QEMU has never sent a VM away, or this domain of libvirt was not paused since its start."""
+    if isinstance(machine, DomainMachine):
+        return await machine.was_started_anew()
+    return (await machine.migration_status()).status == "none"
+
+
 async def _keeps_half(machine: QmpMachine) -> bool:
-    """No domain of libvirt goes by postcopy."""
-    return isinstance(machine, QmpMachine) and (await machine.migration_status()).status in _KEEPS_HALF
+    """No domain of libvirt goes by postcopy; and a VM that runs is no half, whatever its QEMU believes (`unshared`)."""
+    if not isinstance(machine, QmpMachine) or (await machine.migration_status()).status not in KEEPS_HALF:
+        return False
+    return await machine.run_state() != "running"
 
 
 async def _is_whole(machine: QmpMachine) -> bool:

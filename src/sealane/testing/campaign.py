@@ -45,15 +45,15 @@ SIGNS: Final = {
     "in-doubt, away": "a",
     "in-doubt, brought back": "b",
     "lost": "L",
-    "stuck": "S",
+    "split, decided": "s",
     "": "?",
 }
 LEGEND: Final = (
     "C completed; A aborted, the VM runs on at the source; h, a: the source was in doubt, asked, and took the VM back (h) or "
     "ended its paused copy because the destination had the VM (a); b: the destination had lost it, and an operator brought back "
-    "the copy at the source; L the fault killed the QEMU in which the VM, or in postcopy a half of its memory, was; S the fault "
-    "broke the lanes within the switch to postcopy, and QEMU has no way to let the whole VM at the source run again; ! a check "
-    "failed"
+    "the copy at the source; L the fault killed the QEMU in which the VM, or in postcopy a half of its memory, was; s "
+    "the lanes broke as QEMU made its switch to postcopy, which the source's QEMU called failed and the destination's had made: an "
+    "operator ended the one and brought back the other; ! a check failed"
 )
 
 
@@ -274,7 +274,7 @@ def table(points: Sequence[str], outcomes: Sequence[Outcome]) -> str:
     for outcome in outcomes:
         if len(outcome.injections) == 1:
             fault, point = outcome.injections[0].split(" at ")
-            sign = SIGNS[outcome.ending] if outcome.fired else "-"
+            sign = SIGNS.get(outcome.ending, "?") if outcome.fired else "-"
             if sign != "-" or not cells.get((point, fault)):
                 cells[point, fault] = sign + ("!" if outcome.problems else "")
     lines = ["| point | " + " | ".join(FAULTS) + " |", "| --- " * (len(FAULTS) + 1) + "|"]

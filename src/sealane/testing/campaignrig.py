@@ -19,6 +19,7 @@ from typing import Final
 from sealane.enclave.launcher import ENCLAVE_NAME, LAUNCHER_NAME
 from sealane.errors import SealaneError
 from sealane.host.models import Migration, MigrationRequest, ResolveRequest
+from sealane.hypervisor.unshared import IN_POSTCOPY
 from sealane.session.handover import ENDED, State
 from sealane.testing.faultdirector import KILLS_QEMU, Attempt, FaultDirector, Injection, qemus_of
 from sealane.testing.halves import Rest, how_it_rests, why_not
@@ -42,6 +43,7 @@ _SETTINGS: Final = "[limits]\nask_first_pause_s = 0.5\n"
 # Of an answer that leaves it to a person (`sealane.host.doubts.why_it_stays`).
 _LAST_ONE: Final = "the copy here is the last one"
 _BROUGHT_BACK: Final = "in-doubt, brought back"
+_DECIDED: Final = "split, decided"
 _MADE_BY_USE: Final = frozenset({"log", "receipts"})
 
 
@@ -52,7 +54,7 @@ class Outcome:
     injections: list[str]
     fired: list[str]
     ending: str = (
-        ""  # completed, aborted, in-doubt, lost (the fault killed the QEMU in which the VM ran), stuck (`halves.py`)
+        ""  # completed, aborted, in-doubt, lost (the fault killed the QEMU in which the VM ran, or a half of it)
     )
     recovery_s: float | None = None
     total_s: float = 0.0
@@ -109,9 +111,9 @@ class CampaignRig:
         except (RigError, SealaneError, OSError, AssertionError) as error:
             outcome.problems.append(f"{type(error).__name__}: {error}"[:1500])
         outcome.total_s = time.monotonic() - begun
-        # a QEMU whose switch was cut runs its VM, and can migrate it no more (`hypervisor/stranded.py`)
-        is_stranded = not self._is_lost and self._status_at(self.home) in {"device", "cancelling"}
-        self.worn = self.worn or bool(outcome.problems) or is_stranded
+        # a QEMU whose switch was cut runs its VM, and can migrate it no more (`hypervisor/stranded.py`, `unshared.py`)
+        cannot_leave = not self._is_lost and self._status_at(self.home) in {"device", "cancelling", *IN_POSTCOPY}
+        self.worn = self.worn or bool(outcome.problems) or cannot_leave
         return outcome
 
     def _start_anew(self) -> None:
@@ -181,7 +183,8 @@ class CampaignRig:
         is_parted = any(each and each.state == "postcopy-paused" for each in (source, destination))
         if is_parted and time.monotonic() > attempt.fired_at + _RELIEF_AFTER_S:
             self.director.relieve(attempt)
-        return how_it_rests(source, destination, lambda: self._status_at(self.home))
+        asks = (lambda: self._status_at(self.home), lambda: self._status_at(self.away))
+        return how_it_rests(source, destination, *asks)
 
     def _status_at(self, end: AgentHost) -> str:
         """What QEMU says of its migration there; "" where there is none."""
@@ -245,16 +248,26 @@ class CampaignRig:
     def _judge_rest(self, outcome: Outcome, attempt: Attempt, rest: Rest) -> None:
         """What is kept of the VM stays where it is: nothing is tidy, and the next attempt needs new hosts."""
         outcome.ending, self.worn = rest, True
-        if why := why_not(rest, [each.fault for each in attempt.fired]):
+        if why := why_not(rest, [each.fault for each in attempt.fired], was_cut=bool(attempt.trip.cut_at)):
             outcome.problems.append(f"{why}; {self._tell()}")
         if len(self._running()) > 1:
             outcome.problems.append("two copies run")
-        if rest == "stuck":
-            if not qemus_of(self.home) or qemus_of(self.away):
-                outcome.problems.append("the last copy was ended, or the other one kept")
-            if self.guest.machines[self.away.name].console.ticks:
-                outcome.problems.append("the guest ran at the destination, which refused it")
+        if rest == "split":
+            self._decide(outcome)
         self._judge_agents(outcome)
+
+    def _decide(self, outcome: Outcome) -> None:
+        """A person ends what is at the destination, and brings back the copy at the source, as of the switch."""
+        outcome.ending = _DECIDED
+        words = (ResolveRequest(decision="drop-here", i_have_looked=True), ResolveRequest(decision="own-here"))
+        for end, word in zip((self.away, self.home), words, strict=True):
+            found = self._newest(end)
+            assert found is not None  # noqa: S101 - it is how they rest
+            with end.client() as client:
+                client.resolve(found.id, word)
+        if self._running() != [self.home] or qemus_of(self.away):
+            outcome.problems.append(f"the copy at the source was not brought back, or not alone; {self._tell()}")
+        self._judge_memory(outcome)
 
     def _expect(self, outcome: Outcome, found: Migration | None, states: set[str | None], runs_at: set[str]) -> None:
         if (found.state if found else None) not in states or (found and found.runs_at not in runs_at):
@@ -301,6 +314,10 @@ class CampaignRig:
             self.guest.moved_to(self.away.name)
         elif self.guest.machines[self.away.name].console.ticks:
             outcome.problems.append("the guest ran at the destination, and runs at the source")
+        self._judge_memory(outcome)
+
+    def _judge_memory(self, outcome: Outcome) -> None:
+        """What the guest tells of itself where it runs now."""
         console = self.guest.console
         checks, deadline = console.checks, time.monotonic() + _CHECK_TIMEOUT_S
         while console.checks < checks + 1:

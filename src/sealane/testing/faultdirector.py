@@ -7,6 +7,7 @@ host that reached them and, from the second time in one attempt on, a number: `d
 
 import json
 import os
+import select
 import signal
 import socket
 import threading
@@ -42,6 +43,7 @@ Fault = Literal[
 FAULTS: Final[tuple[Fault, ...]] = get_args(Fault)
 TpmFault = Literal["kill-keeper", "kill-swtpm"]  # of VMs' own TPMs on this host; the campaign's guest has none
 CLOCK_JUMPS_S: Final[dict[str, float]] = {"clock-forward": 3600.0, "clock-back": -3600.0}
+_KILLED_WITHIN_S: Final = 10.0
 TPM_PROCESSES: Final[dict[str, str]] = {"kill-keeper": KEEPER_NAME, "kill-swtpm": "swtpm"}
 # What ends the process that holds a copy of the VM; a VM that ran in it is lost, as it would be without Sealane.
 KILLS_QEMU: Final[frozenset[Fault]] = frozenset({"kill-qemu", "kill-host"})
@@ -218,5 +220,11 @@ def _cancel(source: AgentHost) -> None:
 
 
 def _kill(pid: int) -> None:
+    """The process has ended when this returns: one that writes to a disk ends only once it has written."""
     with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+        process = os.pidfd_open(pid)
+        try:
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+            select.select([process], [], [], _KILLED_WITHIN_S)
+        finally:
+            os.close(process)

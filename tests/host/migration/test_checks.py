@@ -48,7 +48,10 @@ HERE = VmDescription(
     ],
 )
 def test_machines_that_fit(there: dict[str, Any]) -> None:
-    check_same_machine(PREPARE, replace(HERE, **there))
+    fits = replace(HERE, **there)
+    check_same_machine(PREPARE, fits)  # raises nothing
+    with pytest.raises(ControlError, match="number of CPUs"):  # and was looked at
+        check_same_machine(PREPARE, replace(fits, cpus=fits.cpus + 1))
 
 
 @pytest.mark.parametrize(
@@ -95,14 +98,24 @@ def test_a_source_needs_each_capability(missing: str) -> None:
         ("pre-switchover", "not Sealane's"),
         ("device", "one was cut in its switch"),
         ("cancelling", "one was cut in its switch"),
+        ("postcopy-active", "the switch was cut"),
+        ("postcopy-paused", "the switch was cut"),
+        ("postcopy-recover-setup", "the switch was cut"),
+        ("postcopy-recover", "the switch was cut"),
     ],
 )
 def test_a_qemu_that_is_in_a_migration_is_left_alone(status: str, words: str) -> None:
+    runs = replace(HERE, run_state="running")
     for idle in ("none", "completed", "failed", "cancelled"):
-        check_idle(replace(HERE, migration_status=idle))
+        check_idle(replace(runs, migration_status=idle))
     with pytest.raises(ControlError, match=words) as raised:
-        check_idle(replace(HERE, migration_status=status))
+        check_idle(replace(runs, migration_status=status))
     assert raised.value.code == "vm.busy"
+
+
+def test_a_half_that_somebody_else_keeps_is_left_alone() -> None:
+    with pytest.raises(ControlError, match=r"not Sealane's.*vm\.busy"):
+        check_idle(replace(HERE, migration_status="postcopy-paused", run_state="finish-migrate"))
 
 
 def test_free_memory_counts_what_qemu_needs_beside_the_guest() -> None:

@@ -6,6 +6,7 @@ from typing import Final
 from sealane.errors import ControlError
 from sealane.host.migration.messages import Prepare
 from sealane.hypervisor.driver import VmDescription
+from sealane.hypervisor.unshared import IN_POSTCOPY
 from sealane.limits import GIB, LANES_MAX, MIB, MULTIFD_CHANNELS_DEFAULT
 from sealane.seal.protect import SEALED
 
@@ -49,11 +50,14 @@ def check_lanes(channels: int, disks: int) -> None:
 
 
 def check_idle(vm: VmDescription) -> None:
-    """Raise where the source's QEMU is in a migration, or was stranded in one (`hypervisor.stranded`)."""
+    """Raise where the source's QEMU is in a migration, or does not know that one is over (`hypervisor.stranded`, `unshared`)."""
     if vm.migration_status in {"device", "cancelling"}:  # a VM that runs is in neither for long
         words = "QEMU says that it is in a migration still; where it says so for ever, one was cut in its switch to postcopy"
         raise ControlError("vm.busy", words, mend="restart its QEMU: until then it can migrate no more")
-    if vm.migration_status in {"setup", "active", "pre-switchover"}:
+    if vm.migration_status in IN_POSTCOPY and vm.run_state == "running":  # or it came by a postcopy that is not over
+        words = "QEMU is in postcopy still; where its VM was to leave, and runs here, the switch was cut, and it says so for ever"
+        raise ControlError("vm.busy", words, mend="restart its QEMU: until then it can migrate no more")
+    if vm.migration_status in {"setup", "active", "pre-switchover", *IN_POSTCOPY}:
         raise ControlError("vm.busy", "QEMU is in a migration that is not Sealane's")
 
 

@@ -5,6 +5,7 @@ from typing import Final
 from sealane.errors import SealaneError
 from sealane.host.job import Job
 from sealane.host.migration import settings
+from sealane.host.migration.refused import run_where_refused
 from sealane.host.models import RunsAt
 from sealane.host.registry import is_absent
 from sealane.hypervisor.qmp import QmpMachine
@@ -32,6 +33,8 @@ async def take_back(job: Job, qemu: QmpMachine, path: str, timeout_s: float) -> 
 
 
 async def _resume_through(job: Job, qemu: QmpMachine) -> RunsAt:
+    if await run_where_refused(qemu, job.store, job.id):
+        return "source"
     try:
         await qemu.cancel_migration()
     except SealaneError as error:  # a QEMU that hangs in its clean-up may run its guest all the same
