@@ -1,11 +1,13 @@
 """Which of a domain's disks libvirt would copy, and which of those Sealane lets it."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sealane.errors import SealaneError
-from sealane.libvirt.disks import CopiedDisk, DiskFile, read_copied_disks
+from sealane.libvirt.disks import TARGET_PATTERN, CopiedDisk, DiskFile, read_copied_disks
 from tests.libvirt.rig import domain_xml
 
 RAW = "<driver name='qemu' type='raw'/><source file='/images/a.raw'/><target dev='vda'/>"
@@ -70,6 +72,10 @@ def test_a_backing_file_that_is_no_plain_file_is_refused() -> None:
 def test_any_text_is_disks_or_one_of_two_errors(text: str) -> None:
     for each in (text, domain_xml(devices=text), domain_xml(devices=disk(text))):
         try:
-            read_copied_disks(each, "all")
-        except (SealaneError, ValueError):
-            continue
+            found = read_copied_disks(each, "all")
+        except SealaneError as error:
+            assert error.code == "check.disks"  # noqa: PT017
+        except ValueError as error:
+            assert "does not parse" in str(error)  # noqa: PT017
+        else:
+            assert all(re.fullmatch(TARGET_PATTERN, one.target) for one in found)

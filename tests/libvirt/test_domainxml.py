@@ -1,6 +1,7 @@
 """What a peer's XML may have this host's libvirtd do."""
 
 import uuid
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,12 +12,26 @@ from sealane.libvirt.domainxml import DEPTH_MAX, QEMU_NAMESPACE, check_xml
 from tests.libvirt.rig import COOKIE, DOMAIN, domain_xml
 
 
-def test_the_domains_own_xml_passes() -> None:
-    check_xml(domain_xml(), DOMAIN)
-    check_xml(domain_xml(devices="<interface type='bridge'><source bridge='br0'/></interface>"), DOMAIN)
-    check_xml(COOKIE, DOMAIN, root="qemu-migration")
-    check_xml(f"<qemu-migration><persistent/>{domain_xml()}</qemu-migration>", DOMAIN, root="qemu-migration")
-    check_xml(domain_xml(more="<metadata><l:vm xmlns:l='urn:x'><l:name>other</l:name></l:vm></metadata>"), DOMAIN)
+@pytest.mark.parametrize(
+    ("xml", "root"),
+    [
+        (domain_xml(), "domain"),
+        (domain_xml(devices="<interface type='bridge'><source bridge='br0'/></interface>"), "domain"),
+        (f"<qemu-migration><persistent/>{domain_xml()}</qemu-migration>", "qemu-migration"),
+        (domain_xml(more="<metadata><l:vm xmlns:l='urn:x'><l:name>other</l:name></l:vm></metadata>"), "domain"),
+    ],
+)
+def test_the_domains_own_xml_passes_and_no_other_domain_s(xml: str, root: str) -> None:
+    check_xml(xml, DOMAIN, root=root)  # raises nothing
+    for other in (replace(DOMAIN, name="other"), replace(DOMAIN, uuid=uuid.UUID(int=1))):
+        with pytest.raises(PeerError, match="another domain"):
+            check_xml(xml, other, root=root)
+
+
+def test_a_cookie_passes_and_is_not_taken_for_a_domain() -> None:
+    check_xml(COOKIE, DOMAIN, root="qemu-migration")  # raises nothing
+    with pytest.raises(PeerError):
+        check_xml(COOKIE, DOMAIN)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,22 @@ async def test_only_a_domain_that_runs_is_called_running(state: str, reason: int
     assert await machine(StandIn((getattr(libvirt, f"VIR_DOMAIN_{state}"), number))).run_state() == words
 
 
+@pytest.mark.parametrize(
+    ("state", "reason", "anew"),
+    [
+        ("RUNNING", "RUNNING_BOOTED", True),
+        ("RUNNING", "RUNNING_UNPAUSED", False),
+        ("RUNNING", "RUNNING_MIGRATION_CANCELED", False),
+        ("PAUSED", "PAUSED_MIGRATION", False),
+    ],
+)
+async def test_a_domain_that_was_started_anew_is_told_from_one_that_was_let_run_again(
+    state: str, reason: str, anew: bool
+) -> None:
+    numbers = (getattr(libvirt, f"VIR_DOMAIN_{state}"), getattr(libvirt, f"VIR_DOMAIN_{reason}"))
+    assert await machine(StandIn(numbers)).was_started_anew() == anew
+
+
 @pytest.mark.parametrize("state", ["SHUTOFF", "CRASHED", "NOSTATE"])
 async def test_a_domain_without_a_qemu_is_absent(state: str) -> None:
     with pytest.raises(SealaneError) as raised:

@@ -402,9 +402,11 @@ def test_any_cut_of_the_stream_gives_the_same(cuts: list[int]) -> None:
 @given(st.binary(max_size=400))
 def test_any_bytes_are_refused_or_wait_for_more(data: bytes) -> None:
     try:
-        RpcFilter(AGREED).from_source(data)
+        passed = RpcFilter(AGREED).from_source(data)
     except PeerError as error:
         assert error.code in {"libvirt.refused", "libvirt.malformed"}  # noqa: PT017
+    else:
+        assert data.startswith(passed)
 
 
 @settings(max_examples=300)

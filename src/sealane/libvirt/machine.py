@@ -164,6 +164,13 @@ class DomainMachine:
             return "shutdown"
         return "suspended" if state == libvirt.VIR_DOMAIN_PMSUSPENDED else "running"
 
+    async def was_started_anew(self) -> bool:
+        """Whether the domain runs, and has run since its start: one that was sent away was paused."""
+        libvirt = binding.load()
+        return await self._do(
+            lambda domain: tuple(domain.state()) == (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_RUNNING_BOOTED)
+        )
+
     async def is_persistent(self) -> bool:
         """Whether the domain stays defined when it is shut off; False where there is none."""
         try:

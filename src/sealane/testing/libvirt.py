@@ -9,6 +9,7 @@ Which libvirt: `all_libvirts`. One that is not the system's lies unpacked in a d
 """
 
 import os
+import shlex
 import shutil
 import time
 import uuid
@@ -65,6 +66,7 @@ dynamic_ownership = 0
 swtpm_user = "root"
 swtpm_group = "root"
 """
+_QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
 LIBVIRT_VARIABLE: Final = "SEALANE_LIBVIRT"
 _SYSTEM: Final = Path("/")
 # of a libvirt that lies unpacked somewhere
@@ -76,7 +78,9 @@ _PARTS: Final = (
     "usr/lib/libvirt",
     "usr/share/libvirt",
 )
-_QEMU_PARTS: Final = ("usr/bin/qemu-system-x86_64", "usr/lib/*/qemu", "usr/share/qemu", "usr/share/seabios")
+_EMULATOR: Final = Path("usr/bin/qemu-system-x86_64")
+# of a QEMU in `bin` of some prefix, below that prefix: its modules, what it loads into guests
+_QEMU_PARTS: Final = ("lib/*/qemu", "share/qemu", "share/seabios")
 # libvirtd asks for its user before it reads which one it shall take; Debian's libvirt-daemon-system would make it
 _ACCOUNTS: Final = {
     "passwd": "libvirt-qemu:x:64055:64055::/nonexistent:/usr/sbin/nologin",
@@ -99,27 +103,47 @@ class Libvirt:
     @property
     def emulator_path(self) -> Path:
         """Where its domains find that QEMU, once `mounts` are there."""
-        inside = _SYSTEM / _QEMU_PARTS[0]
-        return inside if inside.exists() and self.root != _SYSTEM else self.emulator.path
+        inside = _SYSTEM / _EMULATOR
+        return inside if inside.exists() else self.emulator.path
 
     def mounts(self) -> list[str]:
-        """What puts it in place of the system's: commands of mount(8)."""
-        if self.root == _SYSTEM:
-            return []
-        found = _bound_over_system(self.root, _PARTS)
-        if not found:
-            raise RigError(f"{self.root} holds no libvirt")
-        # libvirtd asks the system's QEMU too; and one that is asked for all its types ends at modules of another
-        qemu = (
-            [] if self.emulator.source == "system" else _bound_over_system(self.emulator.path.parents[2], _QEMU_PARTS)
-        )
-        return found + qemu
+        """What puts it, and that QEMU, in place of the system's: commands of mount(8)."""
+        emulator = self.emulator.path
+        binds = emulator_binds(emulator)
+        if self.root != _SYSTEM:
+            found = _bound_over(_SYSTEM, self.root, _PARTS)
+            if not found:
+                raise RigError(f"{self.root} holds no libvirt")
+            binds = found + binds
+        hidden = [f"mount -t tmpfs none {shlex.quote(str(each))}" for each in modules_to_hide(emulator)]
+        return [f"mount --bind {shlex.quote(str(each))} {shlex.quote(str(target))}" for each, target in binds] + hidden
 
 
-def _bound_over_system(root: Path, patterns: Sequence[str]) -> list[str]:
+def emulator_binds(emulator: Path, system: Path = _SYSTEM) -> list[tuple[Path, Path]]:
+    """What to bind over what, so that the QEMU of the system below `system` is `emulator`; nothing where it is, or has none.
+
+    libvirtd asks that one too. What lies beside the emulator goes along where it has such a layout; it itself always does.
+    """
+    emulator, inside = emulator.resolve(), system / _EMULATOR
+    if not inside.exists() or emulator == inside.resolve():
+        return []
+    prefix = emulator.parents[1] if emulator.parent.name == "bin" else None
+    parts = [] if prefix is None else _bound_over(system / "usr", prefix, _QEMU_PARTS)
+    return [(emulator, inside), *parts]
+
+
+def modules_to_hide(emulator: Path, system: Path = _SYSTEM) -> list[Path]:
+    """The system's directories of modules, where a QEMU without its own takes its place: at another build's it ends."""
+    binds = emulator_binds(emulator, system)
+    bound = {target for _, target in binds}
+    there = sorted((system / "usr").glob(_QEMU_PARTS[0])) if binds else []
+    return [each for each in there if each not in bound and any(each.glob("*.so"))]
+
+
+def _bound_over(system: Path, root: Path, patterns: Sequence[str]) -> list[tuple[Path, Path]]:
     found = [each for pattern in patterns for each in sorted(root.glob(pattern))]
-    targets = ((each, _SYSTEM / each.relative_to(root)) for each in found)
-    return [f"mount --bind {each} {target}" for each, target in targets if target.exists()]
+    targets = ((each, system / each.relative_to(root)) for each in found)
+    return [(each, target) for each, target in targets if target.exists() and target.resolve() != each.resolve()]
 
 
 @cache
@@ -127,24 +151,23 @@ def all_libvirts() -> tuple[Libvirt, ...]:
     """Every libvirt that is here, oldest first; with SEALANE_LIBVIRT (a root directory, `/` for the system's) only that one.
 
     The system's has the system's QEMU: libvirt 9.0 cannot talk to a QEMU of 2025. Where that QEMU's migrations cannot be trusted
-    here (it loses pages under TCG), a later libvirt is fetched, which has `find_qemu`'s.
+    here (it loses pages under TCG), a later libvirt is fetched, which has `find_qemu`'s. With SEALANE_QEMU there is no other QEMU:
+    one that is not the system's has the later libvirt alone, and the system's where none is to be had.
     """
     if named := os.environ.get(LIBVIRT_VARIABLE):
-        return (_libvirt_below(Path(named)),)
-    found = [_libvirt_below(_SYSTEM)]
-    if find_qemu() != found[0].emulator:
+        return (Libvirt(Path(named), find_qemu() if Path(named) != _SYSTEM else _system_qemu() or find_qemu()),)
+    system, wanted = _system_qemu(), find_qemu()
+    found = [Libvirt(_SYSTEM, system)] if system else []
+    if wanted != system:
         with suppress(RigError):  # none to be had for this release
-            found.append(_libvirt_below(private_libvirt()))
-    return tuple(found)
+            found.append(Libvirt(private_libvirt(), wanted))
+    return tuple(found or [Libvirt(_SYSTEM, wanted)])
 
 
-def _libvirt_below(root: Path) -> Libvirt:
-    if root != _SYSTEM:
-        return Libvirt(root, find_qemu())
-    for each in all_qemus():
-        if each.source == "system":
-            return Libvirt(root, each)
-    raise RigError("there is no system's QEMU here")
+def _system_qemu() -> QemuBinary | None:
+    """The system's, unless SEALANE_QEMU names another."""
+    inside = (_SYSTEM / _EMULATOR).resolve()
+    return next((each for each in all_qemus() if each.source == "system" or each.path.resolve() == inside), None)
 
 
 def libvirtd_works() -> bool:
@@ -258,13 +281,14 @@ class LibvirtHost:
 
 @dataclass(frozen=True)
 class DomainSpec:
-    """A guest of `sealane.testing.guest` as a libvirt domain."""
+    """A guest of `sealane.testing.guest` as a libvirt domain; QEMU has a monitor of the test's own at the path `monitor`."""
 
     name: str = "domain"
     hardware: Hardware = _HARDWARE
     workload: Workload = _WORKLOAD
     metadata: str = ""
     devices: str = ""
+    monitor: str = ""
 
     def xml(self, host: LibvirtHost) -> str:
         """The domain's description for this host; its console goes to `console(host)`."""
@@ -272,7 +296,7 @@ class DomainSpec:
         kind = choose_accel("auto", emulator).name
         cpu = "<cpu mode='host-passthrough'/>" if kind == "kvm" else "<cpu mode='custom'><model>qemu64</model></cpu>"
         return f"""\
-<domain type='{"kvm" if kind == "kvm" else "qemu"}'>
+<domain type='{"kvm" if kind == "kvm" else "qemu"}' xmlns:qemu='{_QEMU_NAMESPACE}'>
   <name>{self.name}</name>
   <uuid>{uuid.uuid5(uuid.NAMESPACE_DNS, self.name)}</uuid>
   <metadata>{self.metadata}</metadata>
@@ -294,8 +318,15 @@ class DomainSpec:
     <memballoon model='none'/>
     {self.devices}
   </devices>
+  {self._words()}
 </domain>
 """
+
+    def _words(self) -> str:
+        if not self.monitor:
+            return ""
+        listen = f"unix:{self.monitor},server=on,wait=off"
+        return f"<qemu:commandline><qemu:arg value='-qmp'/><qemu:arg value='{listen}'/></qemu:commandline>"
 
     def console(self, host: LibvirtHost) -> Path:
         """The serial console's file on this host, as seen from outside."""

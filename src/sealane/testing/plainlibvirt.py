@@ -12,6 +12,7 @@ from sealane.libvirt.rpcfilter import MigrateFlag
 from sealane.testing.libvirt import LibvirtHost
 
 _DIRECTORY = "plain"
+MEMORY_SOCKET = f"/run/{_DIRECTORY}/memory.sock"
 _READ_BYTES = 256 * 1024
 
 # Bytes of one direction go in, bytes to send on come out; None breaks the connection.
@@ -46,7 +47,7 @@ def flip_bit_at(offset: int) -> Meddle:
     return meddle
 
 
-class _Relay:
+class Relay:
     """A unix socket that leads to another one."""
 
     def __init__(self, listen: Path, target: Path, forward: Meddle, back: Meddle) -> None:
@@ -81,6 +82,12 @@ class _Relay:
                 sink.sendall(changed)
             sink.shutdown(socket.SHUT_WR if meddle is as_it_is else socket.SHUT_RDWR)
 
+    def cut(self) -> None:
+        """Break all connections that are open; later ones are led on."""
+        for each in self._open:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Close everything."""
         with contextlib.suppress(OSError):
@@ -89,16 +96,30 @@ class _Relay:
             each.close()
 
 
-@contextlib.contextmanager
-def _relays(source: LibvirtHost, destination: LibvirtHost, memory: Meddle, answers: Meddle) -> Iterator[list[_Relay]]:
-    here, there = (each.socket.parents[1] / _DIRECTORY for each in (source, destination))
-    for directory in (here, there):
+def _directories(source: LibvirtHost, destination: LibvirtHost) -> list[Path]:
+    """Where the sockets lie at both ends, empty."""
+    made = [each.socket.parents[1] / _DIRECTORY for each in (source, destination)]
+    for directory in made:
         directory.mkdir(exist_ok=True)
         for left in directory.iterdir():
             left.unlink()
+    return made
+
+
+@contextlib.contextmanager
+def relay_memory(source: LibvirtHost, destination: LibvirtHost) -> Iterator[Relay]:
+    """A way for the memory alone, from `MEMORY_SOCKET` at the source to the same path at the destination."""
+    here, there = (each / Path(MEMORY_SOCKET).name for each in _directories(source, destination))
+    with contextlib.closing(Relay(here, there, as_it_is, as_it_is)) as relay:
+        yield relay
+
+
+@contextlib.contextmanager
+def _relays(source: LibvirtHost, destination: LibvirtHost, memory: Meddle, answers: Meddle) -> Iterator[list[Relay]]:
+    here, there = _directories(source, destination)
     relays = [
-        _Relay(here / "memory.sock", there / "memory.sock", memory, as_it_is),
-        _Relay(here / "libvirt.sock", destination.socket, as_it_is, answers),
+        Relay(here / "memory.sock", there / "memory.sock", memory, as_it_is),
+        Relay(here / "libvirt.sock", destination.socket, as_it_is, answers),
     ]
     try:
         yield relays
@@ -120,7 +141,7 @@ def migrate_plainly(
     with _relays(source, destination, memory, answers) as (ram, _rpc):
         here = libvirt.open(source.uri)
         there = libvirt.open(f"qemu+unix:///system?socket={source.socket.parents[1] / _DIRECTORY / 'libvirt.sock'}")
-        parameters = {"migrate_uri": f"unix:///run/{_DIRECTORY}/memory.sock"}
+        parameters = {"migrate_uri": f"unix://{MEMORY_SOCKET}"}
         problem = None
         try:
             here.lookupByName(name).migrate3(there, parameters, MigrateFlag.LIVE)
