@@ -26,6 +26,7 @@ class SealaneError(Exception):
     """Root of all errors that Sealane raises on purpose.
 
     `code` stands in CATALOGUE, `detail` is one line in plain words, `mend` says what to do (the catalogue's by default).
+    Whatever the detail quotes, of a peer, of QEMU or of a file, it is fit for a terminal, a log and the journal.
     """
 
     exit_status: ClassVar[int] = 70
@@ -34,7 +35,7 @@ class SealaneError(Exception):
     def __init__(self, code: str, detail: str = "", *, mend: str | None = None) -> None:
         entry = CATALOGUE[code]
         self.code = code
-        self.detail = " ".join((detail or entry.summary).split())
+        self.detail = _printable(" ".join((detail or entry.summary).split()))
         self.mend = entry.mend if mend is None else mend
         self.retryable = entry.retryable
         super().__init__(f"{self.detail} [{code}]")
@@ -129,7 +130,11 @@ _FAMILY_OF: Mapping[str, type[SealaneError]] = {
 
 def printable(text: str, limit: int = 500) -> str:
     """Somebody else's words made fit for a terminal and a log: bounded, and what is not printable replaced."""
-    return "".join(character if character.isprintable() else "?" for character in text[:limit])
+    return _printable(text[:limit])
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(each if each.isprintable() else "?" for each in text)
 
 
 def for_peer(error: SealaneError) -> SealaneError:

@@ -10,10 +10,17 @@ from hypothesis import strategies as st
 from sealane.attest.appraise import Material, appraise
 from sealane.attest.bundle import PIECES_MAX, encode_bundle, parse_bundle
 from sealane.attest.peer import Expectations, PeerJudge
-from sealane.attest.platformlog import Measured, digest_of, encode_line, manifest_digest, parse_platform_log
+from sealane.attest.platformlog import (
+    Measured,
+    PlatformLog,
+    digest_of,
+    encode_line,
+    manifest_digest,
+    parse_platform_log,
+)
 from sealane.attest.reasons import Level
 from sealane.attest.reference import Reference
-from sealane.attest.software import parse_statement
+from sealane.attest.software import SoftwareStatement, parse_statement
 from sealane.attest.verdict import Verdict
 from sealane.crypto.identity import create_identity, public_key
 from sealane.crypto.signatures import parse_public_key
@@ -169,11 +176,13 @@ def test_a_bundle_comes_back(pieces: dict[str, bytes]) -> None:
 @PROPERTY
 @given(st.binary(max_size=300))
 def test_any_bytes_against_the_parsers(data: bytes) -> None:
-    for parse in (parse_bundle, parse_platform_log, parse_statement):
+    parsers: dict[Any, type] = {parse_bundle: dict, parse_platform_log: PlatformLog, parse_statement: SoftwareStatement}
+    for parse, kind in parsers.items():
         try:
-            parse(data)
-        except EvidenceError:
-            continue
+            found = parse(data)
+        except EvidenceError as error:
+            found = error
+        assert isinstance(found, kind | EvidenceError) or (found is None and parse is parse_statement)
 
 
 def test_bundles_that_cannot_be() -> None:

@@ -348,6 +348,7 @@ def test_real_files_cut_changed_and_thrown_together_give_a_verdict_or_one_error(
     chance = random.Random(4)
     files = sorted(path for path in vectors.rglob("*") if path.is_file() and path.suffix != ".md")
     whole = {path.name: path.read_bytes() for path in files}
+    taken, verdicts, errors = 0, 0, 0
     for _ in range(400):
         material = Material()
         for name in chance.sample(sorted(whole), chance.randint(1, 4)):
@@ -363,5 +364,12 @@ def test_real_files_cut_changed_and_thrown_together_give_a_verdict_or_one_error(
                 del data[at : at + chance.randrange(1, 64)]
             with suppress(EvidenceError):
                 material.add(name, bytes(data))
-        with suppress(EvidenceError):
-            json.dumps(appraise(material, now=chance.choice([WITHIN, LATER])).as_dict()).encode()
+                taken += 1
+        try:
+            verdict = appraise(material, now=chance.choice([WITHIN, LATER]))
+        except EvidenceError:
+            errors += 1
+        else:
+            verdicts += 1
+            assert json.loads(json.dumps(verdict.as_dict()))["level"] == verdict.level
+    assert (verdicts + errors, taken > 400, verdicts > 0) == (400, True, True), (taken, verdicts, errors)

@@ -338,7 +338,9 @@ def test_version_loads_neither_client_nor_models() -> None:
         "assert not heavy, heavy"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(sealane.__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, stdout=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, "-c", code], check=False, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sealane.__version__ in done.stdout
 
 
 def test_misuse_is_told_like_every_failure(run: Run) -> None:

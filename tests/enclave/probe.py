@@ -7,6 +7,7 @@ commas, or `none`), which shows that the act fails because of them. UID `-` stay
 """
 
 import ctypes
+import fcntl
 import mmap
 import os
 import resource
@@ -18,6 +19,8 @@ from sealane.enclave import landlock, launcher, sandbox
 from sealane.enclave.seccomp import SystemCallFilter
 
 HOLD_BYTES = 32 << 20
+LOCKED_BYTES_MAX = 64 << 10  # far less than an enclave has, and no more than what any system gives
+CAP_IPC_LOCK, CAP_SYS_RESOURCE = 14, 24
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -34,6 +37,18 @@ def connect() -> None:
 def listen() -> None:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
+
+
+def datagram() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with ours, theirs:
+        ours.sendto(b"a key", os.environ["DATAGRAMS"])
+
+
+def signal_by_descriptor() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        fcntl.fcntl(ours, fcntl.F_SETOWN, os.getppid())
 
 
 def fork() -> None:
@@ -57,6 +72,16 @@ def hold() -> None:
     HELD.append(bytearray(os.urandom(HOLD_BYTES)))
 
 
+def lose_the_right_to_lock() -> None:
+    """What a user without privileges has: a limit on locked memory, and nothing to lift it or pass it by."""
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (LOCKED_BYTES_MAX, LOCKED_BYTES_MAX))
+    header, sets = (ctypes.c_uint32 * 2)(0x2008_0522, 0), (ctypes.c_uint32 * 6)()
+    checked(LIBC.capget(ctypes.byref(header), ctypes.byref(sets)))
+    for index in range(3):  # effective, permitted, inheritable; the capabilities below 32
+        sets[index] &= ~(1 << CAP_IPC_LOCK | 1 << CAP_SYS_RESOURCE)
+    checked(LIBC.capset(ctypes.byref(header), ctypes.byref(sets)))
+
+
 ACTS: dict[str, Callable[[], object]] = {
     "nothing": lambda: None,
     "hold": hold,
@@ -64,6 +89,8 @@ ACTS: dict[str, Callable[[], object]] = {
     "create": lambda: os.close(os.open(os.environ["TMP_FILE"], os.O_CREAT | os.O_WRONLY)),
     "connect": connect,
     "listen": listen,
+    "datagram": datagram,
+    "signal by descriptor": signal_by_descriptor,
     "fork": fork,
     "exec": lambda: os.execv("/bin/true", ["true"]),
     "executable memory": lambda: mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC).close(),
@@ -94,6 +121,8 @@ def without(removed: set[str]) -> None:
         sandbox.resource = type("NoLimits", (), {**vars(resource), "setrlimit": staticmethod(lambda *_: None)})  # type: ignore[attr-defined, assignment]
     if "memory" in removed:
         sandbox._lock_memory = lambda: ""
+    if "the right to lock" in removed:
+        lose_the_right_to_lock()
     if "locked memory's limit" in removed:
         told = resource.getrlimit
         none = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)

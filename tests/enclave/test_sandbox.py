@@ -6,6 +6,7 @@ Each row names the measures that forbid the act: with any one of them it fails, 
 import ast
 import contextlib
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -23,13 +24,14 @@ from sealane.enclave.sandbox import MEASURES, REQUIRED, STRICT, Sandbox, _lock_m
 from sealane.enclave.seccomp import TABLE, SystemCallFilter
 from sealane.errors import HostError
 from sealane.host.migration.enclave_launcher import ENCLAVE_USER, enclave_ids
-from tests.enclave.probe import HOLD_BYTES
+from tests.enclave.probe import CAP_IPC_LOCK, CAP_SYS_RESOURCE, HOLD_BYTES, LOCKED_BYTES_MAX
 from tests.enclave.rig import PATIENCE_S, Enclave, a_launcher
 from tests.session.rig import SOURCE
 
 AS_ROOT = os.geteuid() == 0
 PROBE = Path(__file__).with_name("probe.py")
 KILLED = "killed by signal 31"
+ADDRESS_SPACE_BYTES = 1 << 30  # a probe's, at most: the limit counts what is mapped, not what is touched
 
 
 @dataclass
@@ -88,6 +90,8 @@ ROWS = (
     Row("create", {"calls": "PermissionError: [Errno 13]", "files": "PermissionError: [Errno 13]"}),
     Row("connect", {"calls": "PermissionError: [Errno 13]", "files": "PermissionError: [Errno 13]"}),
     Row("listen", {"calls": "PermissionError: [Errno 13]", "files": "PermissionError: [Errno 13]"}),
+    Row("datagram", {"calls": KILLED}),
+    Row("signal by descriptor", {"calls": KILLED}),
     Row("exec", {"calls": KILLED, "files": "PermissionError: [Errno 13]"}),
     Row("fork", {"calls": "PermissionError: [Errno 1]"}),
     Row("executable memory", {"calls": "PermissionError: [Errno 13]"}),
@@ -101,10 +105,17 @@ CASES = [(row, measure) for row in ROWS for measure in row.ends]
 
 @pytest.fixture
 def surroundings() -> Iterator[dict[str, str]]:
-    """A directory that anybody may write to, and a port that listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener, tempfile.TemporaryDirectory(dir="/tmp") as directory:
+    """A directory that anybody may write to, a port that listens, and a socket that takes anybody's datagrams."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        tempfile.TemporaryDirectory(dir="/tmp") as directory,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams,
+    ):
         os.chmod(directory, 0o777)
-        yield {"TMP_FILE": f"{directory}/made", "PORT": str(listener.getsockname()[1])}
+        path = f"{directory}/datagrams"
+        datagrams.bind(path)
+        os.chmod(path, 0o777)
+        yield {"TMP_FILE": f"{directory}/made", "PORT": str(listener.getsockname()[1]), "DATAGRAMS": path}
 
 
 @pytest.mark.parametrize(("row", "measure"), CASES, ids=[f"{row.act}-{measure}" for row, measure in CASES])
@@ -190,7 +201,24 @@ def test_nobody_of_its_user_reads_its_memory() -> None:
         assert from_outside(seen.pid) == ["mem", "ptrace"]
 
 
-@pytest.mark.skipif(not AS_ROOT, reason="only root may lock so much wherever the tests run")
+def lacks_to_lock() -> str:
+    """What a probe that keeps the capabilities of this process lacks to lock all of its memory; empty where it may.
+
+    In a user namespace CapEff may show capabilities that the kernel does not mean here: mlock(2) and setrlimit(2) want the
+    initial namespace's.
+    """
+    effective = int(Path("/proc/self/status").read_text().split("CapEff:")[1].split()[0], 16)
+    initial = Path("/proc/self/uid_map").read_text().split() == ["0", "0", str(2**32 - 1)]
+    if initial and (effective >> CAP_IPC_LOCK & 1 or effective >> CAP_SYS_RESOURCE & 1):  # no limit binds; it is lifted
+        return ""
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if hard == resource.RLIM_INFINITY or soft >= ADDRESS_SPACE_BYTES:  # the launcher raises the soft one
+        return ""
+    has = f"CapEff {effective:016x} has neither CAP_IPC_LOCK nor CAP_SYS_RESOURCE" if initial else "a user namespace"
+    return f"{has}, and RLIMIT_MEMLOCK is {soft // 1024} KiB"
+
+
+@pytest.mark.skipif(lacks_to_lock() != "", reason=f"memory cannot be locked here: {lacks_to_lock()}")
 def test_its_memory_is_never_swapped_out() -> None:
     """What it has, and what it takes once it is in the sandbox. CAP_IPC_LOCK stands for a limit that not every root can lift."""
     with probed("hold", "calls", "files", "capabilities", "locked memory's limit", own_user=False) as seen:
@@ -198,6 +226,20 @@ def test_its_memory_is_never_swapped_out() -> None:
         assert seen.measures["memory"] == ""
         assert locked_bytes(seen.pid) > HOLD_BYTES
     with probed("hold", "calls", "files", "capabilities", "memory", own_user=False) as seen:
+        assert locked_bytes(seen.pid) == 0
+
+
+@pytest.mark.parametrize("own_user", [False, True], ids=["the caller's user", "its own user"])
+def test_it_says_so_where_its_memory_cannot_be_locked(*, own_user: bool) -> None:
+    """On every machine: the probe gives up what it may have of the right to lock. The words tell who refused."""
+    with probed("hold", "calls", "files", "the right to lock", own_user=own_user) as seen:
+        assert seen.outcome == "done"
+        assert seen.measures["memory"] == f"RLIMIT_MEMLOCK is {LOCKED_BYTES_MAX // 1024} KiB"
+        assert locked_bytes(seen.pid) == 0
+        assert f"memory: {seen.measures['memory']}" in why_not(seen.measures, "strict")
+    with probed("hold", "calls", "files", "the right to lock", "locked memory's limit", own_user=own_user) as seen:
+        assert seen.outcome == "done"  # it tried, and the kernel said no
+        assert seen.measures["memory"] == "mlockall(2): Cannot allocate memory"
         assert locked_bytes(seen.pid) == 0
 
 

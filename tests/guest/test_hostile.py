@@ -124,7 +124,7 @@ def test_changed_words_give_a_result_or_one_error(parse: Callable[[str], Any], s
     cut = data.draw(st.integers(0, 40))
     put = data.draw(st.text(max_size=20) | st.sampled_from(["0x" + "f" * 16, "\n", " " * 5000, "9" * 5000, said]))
     with one_error():
-        parse(said[:at] + put + said[at + cut :])
+        assert type(parse(said[:at] + put + said[at + cut :])) is type(parse(said))
 
 
 @PROPERTY
@@ -171,7 +171,8 @@ JSON = st.recursive(
 def test_any_json_gives_a_layout_or_one_error(said: Any) -> None:
     for each in (said, {"blocks": said, "segments": said}, {"blocks": [said], "segments": []}):
         with one_error():
-            RamLayout.from_json(json.dumps(each))
+            layout = RamLayout.from_json(json.dumps(each))
+            assert RamLayout.from_json(layout.to_json()).segments == layout.segments
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import errno
+import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import pytest
+from structlog.testing import capture_logs
 
 from sealane.errors import HostError, PeerError
 from sealane.host import listener as module
@@ -341,6 +344,87 @@ async def test_a_migration_keeps_its_place_until_its_job_is_over(port: Port) -> 
     await eventually(lambda: len(port.receptions) == 2)
 
 
+async def in_postcopy(port: Port, number: int) -> tuple[StandIn, "asyncio.Task[Any]", asyncio.Event]:
+    """A migration that may be met again, its job, and what ends that."""
+    await port.connect(channel(number))
+    reception, over = await port.reception(number), asyncio.Event()
+    reception.peer_fingerprint, reception.may_rejoin = "SHA256:1", True
+    task = asyncio.create_task(over.wait())
+    reception.outcome.set_result(cast("asyncio.Task[None]", task))
+    await eventually(lambda: reception.connection is not None and reception.connection.fileno() < 0)
+    return reception, task, over
+
+
+@pytest.fixture
+def all_may_rejoin(port: Port) -> Iterator[None]:
+    """Every further reception is asked about the same job, and says the same."""
+    make = vars(module)["Reception"]
+
+    def made(*arguments: Any) -> Any:
+        reception = make(*arguments)
+        cast(StandIn, reception).may_rejoin = True
+        return reception
+
+    with pytest.MonkeyPatch.context() as patch:  # undone before the port's own
+        patch.setattr(module, "Reception", made)
+        yield
+
+
+@pytest.mark.usefixtures("all_may_rejoin")
+async def test_strangers_who_name_a_postcopy_are_bounded_too(port: Port) -> None:
+    """Its id is read in the channel's preface."""
+    _, task, over = await in_postcopy(port, 1)
+    for _ in range(4 * UNPROVEN_ENCLAVES_MAX):
+        await port.connect(channel(1))
+        await eventually(lambda: not port.listener._pending)
+        held = [each for each in port.receptions if each.connection is not None and each.connection.fileno() >= 0]
+        assert len(held) <= 2 * UNPROVEN_ENCLAVES_MAX
+    over.set()
+    await task
+
+
+@pytest.mark.usefixtures("all_may_rejoin")
+async def test_a_stranger_who_names_a_postcopy_does_not_take_its_sources_place(port: Port) -> None:
+    _, task, over = await in_postcopy(port, 1)
+    await port.connect(channel(1))
+    await eventually(lambda: len(port.receptions) == 2 and port.receptions[1].connection)
+    await port.connect(channel(1))
+    await eventually(lambda: len(port.receptions) == 3 and port.receptions[2].connection)
+    stranger, source = port.receptions[1:]
+    source.awaited = {token(1): 0}
+    stranger.outcome.set_exception(PeerError("peer.unknown"))
+    await eventually(lambda: len(port.listener._beginning) == 1)
+    await port.connect(lane(1))
+    await eventually(lambda: source.lanes.get(0))
+    source.outcome.set_result(cast("asyncio.Task[None]", task))
+    await eventually(lambda: not port.listener._beginning)
+    assert [cast(Any, each) for each in port.listener._receptions.values()] == [source], (
+        "the first one's lanes were cut"
+    )
+    over.set()
+    await task
+    await eventually(lambda: not port.listener._receptions)
+
+
+@pytest.mark.usefixtures("all_may_rejoin")
+async def test_a_postcopy_that_is_joined_again_takes_one_place(port: Port) -> None:
+    for number in range(MIGRATIONS_PER_PEER_MAX - 1):
+        await port.connect(channel(100 + number))
+        (await port.reception(100 + number)).peer_fingerprint = "SHA256:1"
+    _, task, over = await in_postcopy(port, 1)
+    await port.connect(channel(1))
+    await eventually(lambda: port.receptions[-1].migration_id == f"{1:032x}" and port.receptions[-1].connection)
+    joining = port.receptions[-1]
+    joining.admit("SHA256:1", "host-b")  # raises nothing: its migration has a place already
+    joining.peer_fingerprint = "SHA256:1"
+    await port.connect(channel(2))
+    with pytest.raises(PeerError, match=r"peer\.busy"):  # its two receptions count for one, and fill the last place
+        (await port.reception(2)).admit("SHA256:1", "host-b")
+    assert len({id for id, _ in port.listener._receptions}) == MIGRATIONS_PER_PEER_MAX + 1
+    over.set()
+    await task
+
+
 @pytest.mark.parametrize("error", [PeerError("peer.unknown"), RuntimeError("a bug")])
 async def test_a_reception_that_fails_makes_room(port: Port, error: Exception) -> None:
     client = await port.connect(channel(1))
@@ -377,20 +461,27 @@ async def test_both_families_by_default() -> None:
 
 
 async def test_it_goes_on_after_accept_failed(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop, failed = asyncio.get_running_loop(), asyncio.Event()
+    loop, failures = asyncio.get_running_loop(), []
     accept = loop.sock_accept
 
     async def exhausted(_: socket.socket) -> Any:
-        failed.set()
         monkeypatch.setattr(loop, "sock_accept", accept, raising=False)
-        raise OSError(24, "Too many open files")
+        failures.append(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+        raise failures[-1]
 
+    await port.connect(channel(1))
+    await port.reception(1)  # by now the listener waits in the accept that is there
     monkeypatch.setattr(module, "_ACCEPT_PAUSE_S", 0.0)
     monkeypatch.setattr(loop, "sock_accept", exhausted, raising=False)
-    await port.connect(channel(1))  # accepted by the call that waits since the start
-    await failed.wait()
-    await port.connect(channel(2))
-    await port.reception(2)
+    with capture_logs() as logs:
+        await port.connect(channel(2))  # what that accept waited for
+        assert (await port.reception(2)).connection is not None
+        await eventually(lambda: failures)
+        await port.connect(channel(3))
+        assert (await port.reception(3)).connection is not None
+    assert len(failures) == 1
+    told = [each["reason"] for each in logs if each["event"] == "accept failed"]
+    assert told == ["Too many open files"]
 
 
 # ---- with real enclaves

@@ -18,6 +18,10 @@ from sealane.attest.reasons import (
     Level,
     Severity,
 )
+from sealane.errors import printable
+
+# Beyond any sentence of ours with what it may quote.
+_SENTENCE_MAX = 4096
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,12 @@ class Findings:
     root: str = ""
 
     def add(self, code: str, sentence: str) -> None:
-        """Record a reason; a code that the catalogue lacks is our own fault (KeyError)."""
+        """Record a reason; a code that the catalogue lacks is our own fault (KeyError).
+
+        The sentence may quote what the evidence says, a file's name in a log: it is made fit for a terminal.
+        """
         REASONS[code]
-        reason = Reason(code, self.about, sentence)
+        reason = Reason(code, self.about, printable(sentence, _SENTENCE_MAX))
         if reason not in self.reasons:
             self.reasons.append(reason)
 

@@ -175,7 +175,7 @@ _SANDBOX_MENDS: Final = {
     "capabilities": "see which capabilities the agent is started with",
     "privileges": "a kernel with no_new_privs (Linux 3.5)",
     "dumpable": "please report it",
-    "memory": "run the agent as root, or give it LimitMEMLOCK=infinity; else encrypt the swap, or have none",
+    "memory": "give the agent LimitMEMLOCK=infinity, or root with CAP_SYS_RESOURCE; else encrypt the swap, or have none",
     "descriptors": "please report it",
     "limits": "let the agent raise no limits of its children: see the unit's Limit lines",
     "files": _KERNEL_MENDS["Landlock"],

@@ -20,7 +20,7 @@ from typing import Final, TypeAlias
 from sealane.enclave.compressing import threads_for
 from sealane.enclave.marked import Guard, MarkedOutbound
 from sealane.enclave.outbound import Outbound, Saved
-from sealane.errors import PeerError, SealaneError, make_error
+from sealane.errors import InternalError, PeerError, SealaneError, make_error
 from sealane.seal.codecs import PageCodec
 from sealane.seal.effort import Effort
 from sealane.seal.keys import Direction, LaneKeys, derive_digest_key
@@ -186,6 +186,9 @@ class Lane:
             self._break(error)
         except OSError as error:
             self._break(PeerError("lane.cut", f"lane {self.index}: {error.strerror or error}"))
+        except BaseException as error:  # a thread that ended without a word would be a lane that stands still
+            self._break(InternalError("internal.error", f"lane {self.index}: {type(error).__name__}"))
+            raise
         else:
             with self._lock:
                 self._halves_open -= 1

@@ -6,8 +6,10 @@ without are refused with an error instead of ending the process: a file that can
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
+import socket
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,6 +25,7 @@ _FIONBIO: Final = 0x5421
 _FIOCLEX: Final = 0x5451
 _CLONE_THREAD: Final = 0x0001_0000
 _AT_EMPTY_PATH: Final = 0x1000
+_SOCKET_TYPE_MASK: Final = 0xF
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
 _PR_SET_VMA: Final = 0x53_564D41
@@ -50,6 +53,7 @@ class Calls:
 
 _EXECUTABLE: Final = mmap.PROT_EXEC
 _BY_DESCRIPTOR: Final = Word(3, _AT_EMPTY_PATH, _AT_EMPTY_PATH)
+_STREAMS: Final = Word(1, socket.SOCK_STREAM, _SOCKET_TYPE_MASK)
 
 TABLE: Final = (
     # What it is for
@@ -61,10 +65,17 @@ TABLE: Final = (
         "getsockopt setsockopt getsockname getpeername fstat", "ask and set up connections; Python looks at each socket"
     ),
     Calls("newfstatat", "fstat, as glibc makes it (a path beside it would tell sizes and times)", (_BY_DESCRIPTOR,)),
-    Calls("fcntl dup", "close-on-exec and non-blocking; a second name for a descriptor it has"),
+    Calls("dup", "a second name for a descriptor it has"),
+    *(
+        Calls(
+            "fcntl", "the same, close-on-exec, non-blocking; no owner, whom a descriptor would signal", (Word(1, each),)
+        )
+        for each in (fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL)
+    ),
     Calls("ioctl", "non-blocking sockets; nothing else that ioctl does", (Word(1, _FIONBIO),)),
     Calls("ioctl", "close-on-exec for descriptors that came over the call socket", (Word(1, _FIOCLEX),)),
-    Calls("socketpair pipe2 eventfd2", "wake its own loop: ends that nobody else has"),
+    Calls("pipe2 eventfd2", "wake its own loop: ends that nobody else has"),
+    Calls("socketpair", "the same; one for datagrams would send to whatever socket's path it is told", (_STREAMS,)),
     Calls("epoll_create1 epoll_ctl epoll_wait epoll_pwait poll ppoll select pselect6", "wait for descriptors"),
     # Memory
     Calls("mmap mprotect", "memory that cannot be executed: no code comes after the start", (Word(2, 0, _EXECUTABLE),)),

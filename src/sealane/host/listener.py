@@ -7,6 +7,7 @@ whose peer has not proved itself.
 
 import asyncio
 import functools
+import itertools
 import socket
 from collections import OrderedDict
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from sealane.host.migration.reception import Reception
 from sealane.limits import PENDING_CONNECTIONS_MAX, PREFACE_TIMEOUT_S, UNPROVEN_ENCLAVES_MAX
 from sealane.session.preface import PREFACE_BYTES, ConnectionKind, Preface, parse_preface
 
+# A migration, and a number of the reception's own: that of a postcopy may be met again while the first one is still there.
+_Key = tuple[bytes, int]
 # Takes a connection whose preface asked to pair, or to renew a certificate.
 Taker = Callable[[socket.socket], None]
 _BACKLOG: Final = 256
@@ -48,8 +51,9 @@ class PeerListener:
         self._socket: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._pending: OrderedDict[asyncio.Task[None], None] = OrderedDict()
-        self._receptions: dict[bytes, Reception] = {}
-        self._beginning: dict[bytes, asyncio.Task[asyncio.Task[None] | None]] = {}  # not jobs yet; the oldest first
+        self._numbers = itertools.count()
+        self._receptions: dict[_Key, Reception] = {}
+        self._beginning: dict[_Key, asyncio.Task[asyncio.Task[None] | None]] = {}  # not jobs yet; the oldest first
         self._wishes = TokenBuckets(settings.limits.wishes_per_peer_per_minute, 60.0)
 
     @property
@@ -125,7 +129,7 @@ class PeerListener:
             self._on_pairing(connection)
         elif preface.kind is ConnectionKind.RENEWAL:
             self._on_renewal(connection)
-        elif preface.label in self._receptions and not self._receptions[preface.label].may_rejoin:
+        elif any(id == preface.label and not each.may_rejoin for (id, _), each in self._receptions.items()):
             connection.close()
         else:
             give_up_when_unanswered(connection)
@@ -136,11 +140,12 @@ class PeerListener:
             self._log.warning("too many receptions begin at once; one was turned away")
             connection.close()
             return
-        reception = Reception(self._context, migration_id.hex(), self._admit)
-        self._receptions[migration_id] = reception
+        admit = functools.partial(self._admit, migration_id)
+        reception, own = Reception(self._context, migration_id.hex(), admit), (migration_id, next(self._numbers))
+        self._receptions[own] = reception
         task = asyncio.create_task(self._serve(migration_id, reception, connection), name="reception")
-        self._beginning[migration_id] = task
-        task.add_done_callback(functools.partial(self._begun, migration_id, connection))
+        self._beginning[own] = task
+        task.add_done_callback(functools.partial(self._begun, own, connection))
         strangers = [
             task
             for key, task in self._beginning.items()
@@ -149,7 +154,7 @@ class PeerListener:
         if len(strangers) > UNPROVEN_ENCLAVES_MAX:
             strangers[0].cancel()
 
-    def _admit(self, fingerprint: str, name: str) -> None:
+    def _admit(self, migration_id: bytes, fingerprint: str, name: str) -> None:
         """Raise `peer.rate` or `peer.busy` where this peer asks too often, or has as much under way as one may have.
 
         No peer takes all places, and what is refused here is not journalled: no peer fills the disk.
@@ -159,7 +164,8 @@ class PeerListener:
             words = f"more than {limits.wishes_per_peer_per_minute} migrations were asked for in a minute"
             raise PeerError("peer.rate", words)
         most = limits.incoming_from(name)
-        if sum(each.peer_fingerprint == fingerprint for each in self._receptions.values()) >= most:
+        under_way = {id for (id, _), each in self._receptions.items() if each.peer_fingerprint == fingerprint}
+        if len(under_way - {migration_id}) >= most:
             raise PeerError("peer.busy", f"this host is at its limit of {most} migrations from one peer")
 
     async def _serve(
@@ -173,17 +179,18 @@ class PeerListener:
             return None
         return None if job is None else job.task
 
-    def _begun(
-        self, migration_id: bytes, connection: socket.socket, task: asyncio.Task[asyncio.Task[None] | None]
-    ) -> None:
+    def _begun(self, own: _Key, connection: socket.socket, task: asyncio.Task[asyncio.Task[None] | None]) -> None:
         """The reception became a job, which keeps its place in the table, or came to nothing."""
-        self._beginning.pop(migration_id, None)
+        self._beginning.pop(own, None)
         connection.close()  # the enclave has it, or a task that was cancelled before its first step
         job = None if task.cancelled() or task.exception() else task.result()
         if job is not None:
-            job.add_done_callback(lambda _: self._receptions.pop(migration_id, None))
+            for earlier in [key for key in self._receptions if key[0] == own[0] and key not in self._beginning]:
+                if earlier != own:  # its lanes were cut, and the job has this one now
+                    del self._receptions[earlier]
+            job.add_done_callback(lambda _: self._receptions.pop(own, None))
             return
-        self._receptions.pop(migration_id, None)
+        self._receptions.pop(own, None)
         if not task.cancelled() and (error := task.exception()):
             self._log.error("unexpected error", exc_info=error)
 

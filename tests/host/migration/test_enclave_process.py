@@ -32,7 +32,7 @@ from sealane.host.migration import enclave_process
 from sealane.host.migration.enclave_launcher import EnclaveLauncher
 from sealane.host.migration.enclave_process import Child, EnclaveProcess, uninterrupted
 from sealane.host.migration.messages import Loaded, Prepared
-from sealane.limits import TRUSTED_PER_CALL
+from sealane.limits import LANES_MAX, TRUSTED_PER_CALL
 from sealane.session.preface import PREFACE_BYTES, ConnectionKind, parse_preface
 from tests.enclave.quoting import quoting_line
 from tests.enclave.rig import open_descriptors, receive_exactly, tcp_pair
@@ -215,6 +215,17 @@ async def test_what_the_enclave_tells_reaches_who_waits(played: Played) -> None:
     assert await agent.wait(agent.lanes_closed, 5, "peer.slow", "") == closed
     assert agent.counters == Counters(3, 4)
     await agent.wait(agent.finished, 5, "peer.slow", "")
+
+
+async def test_a_lane_wants_its_qemu_once(played: Played) -> None:
+    """A compromised enclave has the agent dial no QEMU without end."""
+    lanes: list[int] = []
+    played.agent.on_vm_wanted = lanes.append
+    for lane in (5, 5, -1, LANES_MAX, 10**300, 0, 5, 0):
+        played.enclave.send(VmWanted(lane))
+    played.enclave.send(PeerFinished())
+    await played.agent.wait(played.agent.finished, 5, "peer.slow", "")
+    assert lanes == [5, 0]
 
 
 async def test_the_first_failure_counts(played: Played) -> None:

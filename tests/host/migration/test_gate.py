@@ -85,3 +85,21 @@ async def test_a_refused_verdict_is_noted_and_not_asked_about(monkeypatch: pytes
     await world.gate.settled()
     assert world.levels == []
     assert world.updates[0]["peer_trust"].level == 3
+
+
+async def test_a_peer_that_begins_round_after_round_is_asked_about_one_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(monkeypatch)
+    for _ in range(100):
+        world.attested_again()
+        await asyncio.sleep(0)
+    assert world.levels == [3]
+    waiting = asyncio.create_task(world.gate.settled())
+    await asyncio.sleep(0)
+    world.answer.set_result(None)
+    await waiting
+    assert world.levels == [3, 3], "the newest was asked about too"
+    world.attested_again()
+    await world.gate.settled()
+    assert world.levels == [3, 3, 3]

@@ -19,6 +19,7 @@ from sealane.host.migration.messages import (
     Arrived,
     Message,
     PostcopyTicket,
+    Receipt,
     Rejoin,
     Rejoined,
     TicketHeld,
@@ -160,7 +161,17 @@ class LeavingQemu:
         self.told = True
 
 
-def departing(job: LeavingJob, state: State, qemu: LeavingQemu, enclave: AnsweringEnclave) -> Departure:
+async def no_objection() -> None:
+    """The policy says nothing against the peer."""
+
+
+def departing(
+    job: LeavingJob,
+    state: State,
+    qemu: LeavingQemu,
+    enclave: AnsweringEnclave,
+    settle: Callable[[], Awaitable[None]] = no_objection,
+) -> Departure:
     async def meet() -> Any:
         return enclave
 
@@ -175,6 +186,7 @@ def departing(job: LeavingJob, state: State, qemu: LeavingQemu, enclave: Answeri
         meet=meet,
         open_lanes=nothing,
         tell=nothing,
+        settle=settle,
         word_timeout_s=1.0,
         stall_timeout_s=1.0,
     )
@@ -187,6 +199,32 @@ async def test_a_source_whose_switch_failed_hears_that_the_destination_refused()
     with pytest.raises(SealaneError, match=r"handover\.refused"):
         await departure.see_through(None)
     assert departure.handover.state is State.ABORTED
+
+
+async def test_a_refusal_counts_for_nothing_once_the_vm_ran_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a destination could have the VM twice: run it, say so, and give it back."""
+    monkeypatch.setattr(postcopy_source, "REJOIN_PAUSES_S", (0.0,))
+    enclave = AnsweringEnclave(TicketRefused(code="handover.refused", detail="no switch"))
+    departure = departing(LeavingJob(), State.POSTCOPY_PAUSED, LeavingQemu(), enclave)
+    departure.receipt = Receipt(vm="web01", epoch=5, since_resume_ms=0)
+    with pytest.raises(SealaneError, match=r"migration\.postcopy-paused"):
+        await departure.see_through(None)
+    assert departure.handover.state is State.POSTCOPY_PAUSED
+
+
+async def test_the_policys_no_that_comes_with_the_ticket_keeps_the_vm_here() -> None:
+    """The destination holds the ticket for as long as it likes, and its evidence may change meanwhile."""
+
+    async def refused() -> None:
+        raise make_error("policy.denied", "the policy says no")
+
+    job, qemu = LeavingJob(), LeavingQemu()
+    job.at_journal = lambda: pytest.fail("the VM was given up")
+    departure = departing(job, State.SWITCHING_OVER, qemu, AnsweringEnclave(TicketHeld(epoch=5)), refused)
+    with pytest.raises(SealaneError, match=r"policy\.denied"):
+        await departure.switch(cast(Any, AnsweringEnclave(TicketHeld(epoch=5))))
+    assert not qemu.told
+    assert departure.handover.state is State.SWITCHING_OVER
 
 
 async def test_a_source_whose_switch_failed_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

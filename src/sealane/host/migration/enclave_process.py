@@ -33,7 +33,7 @@ from sealane.enclave.interface import (
 from sealane.errors import HostError, InternalError, PeerError, SealaneError, make_error
 from sealane.host.migration import messages
 from sealane.host.models import NotSent
-from sealane.limits import ENCLAVE_START_TIMEOUT_S, TRUSTED_PER_CALL
+from sealane.limits import ENCLAVE_START_TIMEOUT_S, LANES_MAX, TRUSTED_PER_CALL
 
 T = TypeVar("T")
 _EXIT_WAIT_S: Final = 8.0
@@ -82,6 +82,7 @@ class EnclaveProcess:
         self.seen: PeerSeen | None = None  # of a peer that was refused, or was attested again
         self.on_peer_seen: Callable[[PeerSeen], None] = lambda seen: None
         self.on_vm_wanted: Callable[[int], None] = lambda lane: None
+        self._lanes_wanting: set[int] = set()
         self._messages: asyncio.Queue[str] = asyncio.Queue(_MESSAGES_WAITING_MAX)
         loop.add_reader(calls.fileno(), self._on_readable)
 
@@ -249,7 +250,7 @@ class EnclaveProcess:
             case LanesOpen():
                 _resolve(self.lanes_open, call)
             case VmWanted():
-                self.on_vm_wanted(call.lane)
+                self._heard_wanted(call.lane)
             case Counters():
                 self.counters = call
             case LanesClosed():
@@ -263,6 +264,12 @@ class EnclaveProcess:
                 self.on_pages_classified(call)
             case Failed():
                 self.fail(make_error(call.code, call.detail))
+
+    def _heard_wanted(self, lane: int) -> None:
+        """Each lane wants QEMU once: what more an enclave says is no reason to dial."""
+        if 0 <= lane < LANES_MAX and lane not in self._lanes_wanting:
+            self._lanes_wanting.add(lane)
+            self.on_vm_wanted(lane)
 
     def _heard_message(self, payload: str) -> None:
         try:

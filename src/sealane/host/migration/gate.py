@@ -68,23 +68,34 @@ class StandingGate:
         direction: Literal["send", "receive"],
     ) -> None:
         self._job, self._context, self._enclave, self._vm, self._direction = job, context, enclave, vm, direction
-        self._asking: set[asyncio.Task[None]] = set()
+        self._asking: asyncio.Task[None] | None = None
+        self._unasked: PeerSeen | None = None  # the newest that the policy was not asked about
         self._refusal: SealaneError | None = None
         enclave.on_peer_seen = self._seen
 
     async def settled(self) -> None:
         """Wait for answers that are still to come, before the VM is given up or taken over; raises a no."""
-        while self._asking:
-            await asyncio.wait(self._asking)
+        while self._asking is not None:
+            await asyncio.wait({self._asking})
         if self._refusal is not None:
             raise self._refusal
 
     def _seen(self, seen: PeerSeen) -> None:
         self._job.update(**facts_of(seen))  # a verdict that refuses stands in the receipt
-        if seen.accepted:
-            task = asyncio.create_task(self._ask_again(seen), name=f"policy {self._job.id[:8]}")
-            self._asking.add(task)
-            task.add_done_callback(self._asking.discard)
+        if not seen.accepted:
+            return
+        self._unasked = seen
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._ask_about_the_newest(), name=f"policy {self._job.id[:8]}")
+
+    async def _ask_about_the_newest(self) -> None:
+        """One question at a time: it is the peer at the source who begins the rounds, as often as it likes."""
+        try:
+            while (seen := self._unasked) is not None:
+                self._unasked = None
+                await self._ask_again(seen)
+        finally:
+            self._asking = None
 
     async def _ask_again(self, seen: PeerSeen) -> None:
         try:

@@ -48,13 +48,17 @@ from sealane.limits import CHANNEL_MESSAGE_MAX, COPIED_DISKS_MAX, LANES_MAX
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # Far beyond any VM's moves, and within what the journal's integers and every peer's can hold.
 EPOCH_MAX = 1 << 53
+# Far beyond any guest's memory and processors; within what is told in words, and what can be divided.
+MEMORY_BYTES_MAX = 1 << 60
+CPUS_MAX = 1 << 20
 # Far beyond any file system's files, and within the journal's integers.
 DISK_BYTES_MAX = 1 << 60
 # A receipt has some 3 KiB; with its envelope and the certificate it must fit a channel message.
 RECEIPT_COPY_MAX = CHANNEL_MESSAGE_MAX // 2
 Text = Annotated[str, Field(max_length=200, pattern=r"^[\x20-\x7e]*$")]
 Channels = Annotated[int, Field(ge=0, le=LANES_MAX - 2)]
-Version = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+VersionPart = Annotated[int, Field(ge=0, le=1 << 16)]
+Version = tuple[VersionPart, VersionPart, VersionPart]
 
 
 class _Message(BaseModel):
@@ -99,8 +103,8 @@ class Prepare(_Message):
     uuid: Text
     qemu_version: Version
     machine_type: Text
-    memory_bytes: Annotated[int, Field(gt=0)]
-    cpus: Annotated[int, Field(gt=0)]
+    memory_bytes: Annotated[int, Field(gt=0, le=MEMORY_BYTES_MAX)]
+    cpus: Annotated[int, Field(gt=0, le=CPUS_MAX)]
     capabilities: Annotated[list[Text], Field(max_length=100)]
     multifd_channels: Channels | None
     epoch: Annotated[int, Field(ge=0, le=EPOCH_MAX)]
@@ -178,7 +182,7 @@ class Receipt(_Message):
     kind: Literal["receipt"] = "receipt"
     vm: Name
     epoch: Annotated[int, Field(gt=0, le=EPOCH_MAX + 1)]
-    since_resume_ms: Annotated[float, Field(ge=0)]
+    since_resume_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class TicketRefused(_Message):

@@ -59,7 +59,8 @@ class _HalfIsGone(ControlError):
 
 @dataclass
 class Departure:
-    """One VM's way out by postcopy. `meet` gives a fresh enclave whose peer is known and allowed; `tell` tells the progress.
+    """One VM's way out by postcopy. `meet` gives a fresh enclave whose peer is known and allowed; `tell` tells the progress;
+    `settle` waits for what the policy says of a peer that was attested again, and raises a no.
 
     `receipt` is the destination's word that the VM runs there, and `heard_at` when it came (event loop's clock);
     `digest` that of the lanes, where they were never cut.
@@ -72,6 +73,7 @@ class Departure:
     meet: Callable[[], Awaitable[EnclaveProcess]]
     open_lanes: Callable[[EnclaveProcess, Path, int], Awaitable[None]]
     tell: Callable[[], Awaitable[None]]
+    settle: Callable[[], Awaitable[None]]
     word_timeout_s: float
     stall_timeout_s: float
     receipt: messages.Receipt | None = None
@@ -88,6 +90,7 @@ class Departure:
         held = await enclave.expect(messages.TicketHeld, self.word_timeout_s)
         if held.epoch != epoch:
             raise PeerError("peer.message", "the destination holds another ticket")
+        await self.settle()  # the destination may have taken its time, and was attested again meanwhile
         if enclave.failed.done():  # known before anything is given up
             raise enclave.failed.result()
         self._step(Input.SWITCHED, epoch=epoch, runs_at="destination", detail="switching to postcopy")
@@ -166,7 +169,7 @@ class Departure:
             case messages.Arrived() if message.epoch == epoch:
                 self.handover.step(Input.ARRIVED)
                 return True
-            case messages.TicketRefused():
+            case messages.TicketRefused() if self.receipt is None:  # what has run there is not given back
                 self.handover.step(Input.REFUSED)
                 raise make_error(_REFUSED, f"{printable(message.code)}: {printable(message.detail)}")
         raise PeerError("peer.message", f"`{message.kind}` came out of turn")

@@ -107,7 +107,7 @@ class SourceMigration(Job):
         """Carry the migration out; ends in completed, aborted or in-doubt whatever happens."""
         self._times = Clockwork()  # its time in the queue is told apart from what it takes
         try:
-            with SocketDirectory(self._context.paths.run, self.id) as directory:
+            with SocketDirectory(self._context.paths.run) as directory:
                 async with self._open() as self._qemu:
                     self._events = self._qemu.events()
                     try:
@@ -423,6 +423,7 @@ class SourceMigration(Job):
             meet=lambda: self._meet_again(qemu),
             open_lanes=self._open_lanes,
             tell=lambda: self._tell_postcopy(qemu),
+            settle=self._pass_standing_gate,
             word_timeout_s=limits.word_timeout_s,
             stall_timeout_s=limits.stall_timeout_s,
         )
