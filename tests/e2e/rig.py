@@ -145,8 +145,11 @@ class Rig:
         assert len(found) == 1, found
         return found[0]
 
+    def enclaves_of(self, end: AgentHost) -> list[int]:
+        return [pid for pid in end.processes() if process_name(pid) == ENCLAVE_NAME]
+
     def enclave_of(self, end: AgentHost) -> int:
-        found = [pid for pid in end.processes() if process_name(pid) == ENCLAVE_NAME]
+        found = self.enclaves_of(end)
         assert len(found) == 1, found
         return found[0]
 

@@ -75,7 +75,19 @@ def cut_postcopy() -> Iterator[list[LibvirtHost]]:
             relay.cut()
             wait_end(migrating)
             wait_states(hosts, "paused (post-copy failed)", "running (post-copy failed)")
+            for host in hosts:
+                wait_paused(host)
             yield hosts
+
+
+def wait_paused(host: LibvirtHost) -> None:
+    """libvirtd calls a postcopy failed before its QEMU has paused it, and may refuse until then what it is asked next."""
+    with Qmp(host.outside(SPEC.monitor)) as monitor:
+        deadline = time.monotonic() + 60.0
+        while (status := monitor.execute("query-migrate")["status"]) != "postcopy-paused":
+            if time.monotonic() > deadline:
+                raise RigError(f"QEMU says of its migration: {status}")
+            time.sleep(POLL_S)
 
 
 def transferred(monitor: Qmp) -> int:

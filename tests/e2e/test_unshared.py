@@ -1,6 +1,5 @@
 """A switch to postcopy that is lost on its way: the source's QEMU believes in it, and the VM runs on there all the same."""
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,26 +13,13 @@ from sealane.host.receipts.verify import verify_chain
 from sealane.testing.machine import Hardware
 from sealane.testing.pair import AgentHost
 from sealane.testing.wiretap import Direction
+from tests.e2e.held import held_agent
 from tests.e2e.rig import MIB, Rig, make_rig
 from tests.e2e.test_crashes import kill_agent, wait
 from tests.e2e.test_postcopy import BUSY, SLOWER, meanwhile
 
 pytestmark = pytest.mark.e2e
 
-
-# While there is a file `hold` no QEMU is told to switch.
-PROGRAM = """'sealane.cli agent'
-import asyncio, pathlib
-from sealane.cli.application import main
-from sealane.hypervisor.qmp import QmpMachine
-go_on = QmpMachine.migrate_continue
-async def held(machine):
-    while pathlib.Path({hold!r}).exists():
-        await asyncio.sleep(0.01)
-    await go_on(machine)
-QmpMachine.migrate_continue = held
-main()
-"""
 # Looks at all of its memory every so many ticks.
 WORKLOAD = replace(BUSY, check_all=20)
 
@@ -65,8 +51,8 @@ def busy(directory: Path) -> Iterator[Rig]:
         *("-blockdev", f"driver=file,node-name=disk-file,filename={disk}"),
         *("-blockdev", "driver=raw,node-name=disk,file=disk-file", "-device", "virtio-blk-pci,drive=disk"),
     )
-    program = (sys.executable, "-c", PROGRAM.format(hold=str(directory / "hold")))
-    with make_rig(hardware=Hardware(memory_mib=128, devices=devices), workload=WORKLOAD, program=program) as rig:
+    program, hardware = held_agent(directory / "hold"), Hardware(memory_mib=128, devices=devices)
+    with make_rig(hardware=hardware, workload=WORKLOAD, program=program) as rig:
         yield rig
 
 
