@@ -28,7 +28,7 @@ class Played:
 
     def __init__(self, store: Store) -> None:
         self.store, self.jobs = store, Jobs(store)
-        self.answers: list[Answer | SealaneError] = []
+        self.answers: list[Answer | Exception] = []
         self.asked_at: list[float] = []
         self.seen: list[Migration] = []
         self.locks: dict[str, asyncio.Lock] = {}
@@ -46,7 +46,7 @@ class Played:
     async def ask(self, entry: JournalEntry) -> tuple[Answer, str | None]:
         self.asked_at.append(self.now)
         said = self.answers.pop(0) if self.answers else make_error("peer.unreachable")
-        if isinstance(said, SealaneError):
+        if isinstance(said, Exception):
             raise said
         return said, "d" * 64 if isinstance(said, Ran) else None
 
@@ -119,6 +119,17 @@ async def test_what_settles_nothing_is_told_and_asked_again_ever_more_rarely(
     assert played.migration.state == "in-doubt"
     assert "asked 8 times" in played.migration.detail
     assert played.seen == []
+
+
+async def test_what_fails_unforeseen_is_asked_again_as_rarely(played: Played) -> None:
+    played.answers = [ValueError("a defect"), ValueError("a defect"), UNDER_WAY]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="a defect"):
+            await played.doubts.ask_due()
+        await played.doubts.ask_due()
+        played.now += 4.0
+    await played.doubts.ask_due()
+    assert played.asked_at == [100.0, 104.0, 108.0]
 
 
 async def test_an_answer_that_cannot_be_journalled_is_not_followed(

@@ -211,10 +211,9 @@ async def test_destination_before_the_ticket_is_destroyed(tmp_path: Path, state:
 async def test_destination_with_the_ticket_runs(tmp_path: Path) -> None:
     path = tmp_path / "d"
     with Store(tmp_path / "db") as store:
-        store.journal(
-            migration(1, role="destination", state="handing-over"), qmp=str(path), launched=LaunchedMachine(1, 1)
-        )
         async with running(command(QEMU, path, "-S"), path) as machine:
+            launched = LaunchedMachine(machine.pid, start_time_ticks(machine.pid) or 0)
+            store.journal(migration(1, role="destination", state="handing-over"), qmp=str(path), launched=launched)
             await machine.aclose()
             await recovered(store, path)
             assert await run_state(path) == "running"
@@ -222,6 +221,23 @@ async def test_destination_with_the_ticket_runs(tmp_path: Path) -> None:
         store.journal(migration(2, role="destination", state="handing-over"), qmp=str(path))
         await recovered(store, path)
         assert (store.migrations()[0].state, store.migrations()[0].runs_at) == ("completed", "nowhere")
+
+
+@pytest.mark.parametrize("state", ["handing-over", "postcopy-paused"])
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_only_what_was_launched_is_let_run(tmp_path: Path, state: str, is_there: bool) -> None:
+    """Another QEMU on the VM's socket is not the VM that came: whoever started it says when it runs."""
+    path, elsewhere = tmp_path / "d", tmp_path / "elsewhere"
+    with Store(tmp_path / "db") as store:
+        async with running(command(QEMU, elsewhere, "-S"), elsewhere) as machine:
+            launched = LaunchedMachine(machine.pid, (start_time_ticks(machine.pid) or 0) - (not is_there))
+            store.journal(migration(1, role="destination", state=state), qmp=str(path), launched=launched)
+            async with running(command(QEMU, path, "-S"), path) as other:
+                await other.aclose()
+                await recovered(store, path)
+                assert await run_state(path) == "prelaunch"
+        after = store.migrations()[0]
+        assert (after.state, after.runs_at) == ((state, "source") if is_there else ("completed", "nowhere"))
 
 
 @pytest.mark.parametrize("role", ["source", "destination"])

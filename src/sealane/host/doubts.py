@@ -82,6 +82,7 @@ class Doubts:
     async def _ask_by_itself(self, migration_id: str) -> None:
         count = self._asked.get(migration_id, (0, 0.0))[0] + 1
         pause_s = min(self._first_pause_s * 2 ** min(count - 1, 16), self._longest_pause_s)
+        self._asked[migration_id] = (count, self._monotonic() + pause_s)  # counts also where the asking fails
         async with self._lock(migration_id):
             entry = self._in_doubt().get(migration_id)
             if entry is None:

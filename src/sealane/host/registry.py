@@ -48,8 +48,8 @@ def state_of(run_state: str) -> VmState:
 
 
 def is_absent(error: SealaneError) -> bool:
-    """Whether an unreachable VM is simply not there: no socket, or one that nobody listens on."""
-    return isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError)
+    """Whether an unreachable VM is simply not there: no socket, one that nobody listens on, or one of another process."""
+    return isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError | ProcessLookupError)
 
 
 class Registry:

@@ -6,6 +6,7 @@ QMP serves one client at a time: a second one connects and then waits for its gr
 """
 
 import asyncio
+import errno
 import itertools
 import logging
 import os
@@ -21,7 +22,7 @@ from qemu.qmp.message import Message
 from sealane.errors import make_error
 from sealane.hypervisor.driver import Closed, QmpEvent, VmEvent
 from sealane.hypervisor.lent import LENT, borrow
-from sealane.hypervisor.process import LaunchedMachine
+from sealane.hypervisor.process import LaunchedMachine, start_time_ticks
 from sealane.hypervisor.unix import connect_unix
 from sealane.limits import QMP_TIMEOUT_S
 
@@ -155,7 +156,8 @@ class QmpConnection:
 
     @classmethod
     def take_up(cls, path: str, holder: LaunchedMachine | None, timeout_s: float = QMP_TIMEOUT_S) -> Self:
-        """As `connect`; over the connection that an earlier agent lent to the QEMU it launched, where there is one (`lent.py`)."""
+        """As `connect`, to the QEMU that an earlier agent launched, where it launched one: no other process is taken for it.
+        Where that agent lent it a connection, it is over that one (`lent.py`)."""
         machine = cls(path, timeout_s)
         machine._holder = holder
         return machine
@@ -176,6 +178,7 @@ class QmpConnection:
                 if kept is not None:
                     self._client.await_greeting = self._client.negotiate = False
                 try:
+                    self._check_holder()
                     await self._client.connect(sock)
                 except BaseException:
                     sock.close()
@@ -187,6 +190,18 @@ class QmpConnection:
         self._socket = sock
         self._watcher = asyncio.create_task(self._watch(), name=f"qmp {self.path}")
         return self
+
+    def _check_holder(self) -> None:
+        """Raise OSError where another process serves the socket than the one that was launched for the VM."""
+        holder = self._holder
+        if holder is None or self.pid == 0:  # a process of another pid namespace, whose pid nobody can tell
+            return
+        if start_time_ticks(holder.pid) != holder.start_time_ticks:
+            raise ProcessLookupError(errno.ESRCH, f"process {holder.pid}, which was launched for the VM, is gone")
+        if self.pid != holder.pid:
+            raise PermissionError(
+                errno.EPERM, f"process {self.pid} serves it, and {holder.pid} was launched for the VM"
+            )
 
     async def __aexit__(self, *_exc: object) -> None:
         await self.aclose()
