@@ -44,6 +44,15 @@ def test_lanes_share_the_line() -> None:
     assert after(*[quarter_of_fast] * 2, lanes=4) is None
 
 
+@pytest.mark.parametrize("lanes", [1, 3, 16])
+def test_the_fastest_of_slow_lines_is_known_before_a_lane_is_followed_no_more(lanes: int) -> None:
+    effort, passed, bytes_each = Effort(lanes), 0, int(0.05 * 399 * MB / lanes)
+    while effort.level is None:
+        effort.learn(replace(SLOW_LINE, wire_bytes=bytes_each, plaintext_bytes=bytes_each))
+        passed += bytes_each
+    assert passed < effort.decided_bytes <= 64 * MB // lanes
+
+
 def test_levels_rise_while_the_line_is_waited_for_and_stay_at_the_highest() -> None:
     assert after(*[SLOW_LINE] * 4) == 3
     assert after(*[SLOW_LINE] * 50) == LEVELS[-1]

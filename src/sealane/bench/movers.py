@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 from sealane.bench.meter import Meter, wall_s
+from sealane.testing.machine import GuestMachine
 from sealane.testing.pair import AgentHost, Guest, HostPair
 from sealane.testing.problems import RigError
 from sealane.testing.qmp import Qmp
@@ -218,7 +219,7 @@ def _move_plainly(guest: Guest, source: AgentHost, destination: AgentHost, metho
             here.stop()
             return run
         sending.execute("quit")
-    _wait_gone(there.qmp_path)
+    _wait_gone(there)
     guest.moved_to(destination.name)
     return run
 
@@ -270,12 +271,13 @@ def _with_psk(directory: Path) -> Path:
     return directory
 
 
-def _wait_gone(qmp: Path) -> None:
+def _wait_gone(machine: GuestMachine) -> None:
     deadline = time.monotonic() + _WAIT_S
     while time.monotonic() < deadline:
         try:
-            _pid_on(qmp)
+            _pid_on(machine.qmp_path)
         except RigError:
-            return
+            if not machine.is_running:
+                return
         time.sleep(0.01)
-    raise RigError(f"QEMU on {qmp.name} did not end")
+    raise RigError(f"QEMU on {machine.qmp_path.name} did not end")

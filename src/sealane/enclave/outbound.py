@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from sealane.enclave.compressing import Compressing
-from sealane.limits import KIB, MIB
+from sealane.limits import KIB
 from sealane.seal.effort import INTERVAL_S, Effort, Interval
 from sealane.seal.records import RecordSealer
 from sealane.seal.reduce import LaneReducer
@@ -22,11 +22,6 @@ from sealane.seal.reduce import LaneReducer
 # struct tcp_info (linux/tcp.h): tcpi_rwnd_limited, microseconds; kernels before 4.10 do not have it
 _RECEIVER_LIMITED_AT: Final = 176
 _TCP_INFO_BYTES: Final = 256
-
-
-# So much is followed to see whether the line is the bottleneck. To keep in step with pieces of 32 KiB costs 0.2 core-seconds a
-# GB; who did not need to reduce by then is on a fast line, and is followed no more. What compresses still can be compressed.
-FOLLOWED_MAX: Final = 64 * MIB
 
 
 # Pieces of this size cost a reducer a third less a byte than those of 192 KiB, which a unix connection gives at once.
@@ -145,7 +140,8 @@ class Outbound:
         self._effort.learn(total - last)
         self._measured = total
         self._apply(self._effort.level)
-        if not self._has_reduced and self.vm_bytes > FOLLOWED_MAX:
+        # To keep in step with pieces of 32 KiB costs 0.2 core-seconds a GB. What compresses still can be compressed.
+        if not self._has_reduced and self.vm_bytes > self._effort.decided_bytes:
             self._reducer.give_up()
 
     def _apply(self, level: int | None) -> None:

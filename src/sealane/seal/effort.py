@@ -26,6 +26,8 @@ _IS_FULL: Final = 0.9
 _WORKS: Final = 0.75
 _RECEIVER_IS_SLOW: Final = 0.15
 _AGREE: Final = 2
+# Of what passes on the fastest line that counts as slow until it is known as such: QEMU may begin slowly.
+_LATER: Final = 1.6
 _CLEARLY_LESS: Final = 0.8
 _BEHIND: Final = 0.7
 _REST_S: Final = 2.0
@@ -56,10 +58,11 @@ class Interval:
 
 
 class Effort:
-    """One lane's choice; `level` is None while nothing is to be reduced."""
+    """One lane's choice; `level` is None while nothing is to be reduced, and a line is fast where it was None for `decided_bytes`."""
 
     def __init__(self, lanes: int) -> None:
         self._fast = _FAST_LINE_BYTES_PER_S / max(1, lanes)
+        self.decided_bytes = int(_LATER * _AGREE * INTERVAL_S * self._fast)
         self._at: int | None = None
         self._votes = 0
         self._reduced_rate: float | None = None
