@@ -30,14 +30,12 @@ async def run_where_refused(qemu: QmpMachine, store: Store, migration_id: str) -
     Raises `vm.qmp` where the journal has no refusal, what `QmpMachine.run_unshared` does, and the store's errors: it then stays as
     it was.
     """
-    if (
-        not isinstance(qemu, QmpMachine) or not await qemu.believes_in_postcopy()
-    ):  # no domain of libvirt goes by postcopy
+    # no domain of libvirt goes by postcopy
+    if not isinstance(qemu, QmpMachine) or not await qemu.believes_in_postcopy():
         return False
     if not any(is_refused(entry.migration) for entry in store.find(migration_id)):
-        raise make_error(
-            "vm.qmp", "QEMU believes in postcopy, and no word is journalled that the destination never had the VM"
-        )
+        lacks = "no word is journalled that the destination never had the VM"
+        raise make_error("vm.qmp", f"QEMU believes in postcopy, and {lacks}")
     await qemu.run_unshared()
     _log.warning("a VM whose switch to postcopy was cut runs here again", migration=migration_id[:8])
     return True
