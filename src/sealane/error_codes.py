@@ -173,6 +173,10 @@ FAMILIES: Final[Mapping[str, Mapping[str, Entry]]] = {
         "attest.binding": Entry(
             "the peer's evidence is not bound to this channel: it is old, or somebody else's", _RELAYED
         ),
+        "attest.too-often": Entry(
+            "the source has this host attest more often than anybody needs",
+            "look at the source: its `attestation.again_every_s`",
+        ),
         "attest.host-unknown": Entry(
             "no reference value vouches for the hardware that gave the evidence",
             "add the host's attestation key to the reference values, after its TPM has proved it (docs/attestation.md)",

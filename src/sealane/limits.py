@@ -23,6 +23,10 @@ EVIDENCE_MAX: Final = 16 * MIB
 QUOTE_TIMEOUT_S: Final = 10.0
 # How often a long copy attests anew where the settings do not say otherwise.
 REATTEST_EVERY_S: Final = 600.0
+# It is the source that begins these rounds, and each takes time of the destination's TPM, which all of its VMs share: so many
+# beyond one in so many seconds, or in as many as the destination itself would let pass, where that is less.
+REATTEST_AT_ONCE: Final = 8
+REATTEST_PAUSE_S: Final = 1.0
 
 # One ecall or ocall between agent and enclave: a channel message and its envelope must fit.
 ECALL_MESSAGE_MAX: Final = 128 * KIB

@@ -178,6 +178,7 @@ class Pair:
     directory: Path
     quotes: dict[str, Quote] = field(default_factory=dict)
     reattest_every_s: float = 600.0
+    destination_reattests_every_s: float | None = None  # where it differs
 
     def __post_init__(self) -> None:
         self.vms: dict[int, tuple[socket.socket, socket.socket]] = {}
@@ -188,6 +189,7 @@ class Pair:
         """Begin with the usual facts."""
         role, peer = ("source", DESTINATION) if enclave is self.source else ("destination", SOURCE)
         line, thread = quoting_line(enclave.identity, quote=self.quotes.get(role))
+        own = self.destination_reattests_every_s if role == "destination" else None
         self.threads.append(thread)
         enclave.call(
             Begin(
@@ -200,7 +202,7 @@ class Pair:
                 now=NOW.isoformat(),
                 vm=SUBJECT.vm if role == "source" else "",
                 epoch=SUBJECT.epoch if role == "source" else 0,
-                reattest_every_s=self.reattest_every_s,
+                reattest_every_s=self.reattest_every_s if own is None else own,
             ),
             connection,
             line,

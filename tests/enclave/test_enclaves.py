@@ -27,10 +27,11 @@ from sealane.enclave.interface import (
     Outlive,
     PeerEstablished,
     PeerFinished,
+    PeerSeen,
     SendMessage,
 )
 from sealane.enclave.process import COUNTERS_EVERY_S, GRACE_S
-from sealane.limits import CHANNEL_MESSAGE_MAX
+from sealane.limits import CHANNEL_MESSAGE_MAX, REATTEST_AT_ONCE
 from sealane.seal.records import OVERHEAD_BYTES
 from sealane.session.channel import FrameKind, encode_frame
 from tests.enclave.rig import (
@@ -359,6 +360,23 @@ def test_an_enclave_that_could_outlive_its_agent_attests_while_that_lives(tmp_pa
         end_quoting()
         assert pair.destination.until(Failed).code == "quoting.failed"
         assert pair.destination.ends() == (0, "")
+
+
+def test_a_source_cannot_have_the_destination_attest_without_end(pair: Pair) -> None:
+    """A TPM's time is for all VMs of a host."""
+    pair.reattest_every_s, pair.destination_reattests_every_s = 0.001, 600.0
+    pair.meet()
+    pair.open_lanes(1)
+    assert pair.destination.until(Failed).code == "attest.too-often"
+    assert sum(isinstance(each, PeerSeen) for each in pair.destination.heard) >= REATTEST_AT_ONCE
+
+
+def test_a_destination_that_would_ask_as_often_attests_as_often(pair: Pair) -> None:
+    pair.reattest_every_s = 0.001
+    pair.meet()
+    pair.open_lanes(1)
+    for _ in range(REATTEST_AT_ONCE + 4):
+        pair.destination.until(PeerSeen)
 
 
 @pytest.mark.parametrize("when", ["at the start", "before the lanes", "at a source"])

@@ -60,7 +60,7 @@ from sealane.enclave.sandbox import Sandbox, outlive_parent
 from sealane.enclave.vtpm import VtpmStates
 from sealane.enclave.watching import GuestWatch, answer_of
 from sealane.errors import HostError, InternalError, PeerError, SealaneError, make_error
-from sealane.limits import TRUSTED_MAX
+from sealane.limits import REATTEST_AT_ONCE, REATTEST_PAUSE_S, TRUSTED_MAX
 from sealane.seal.keys import lane_token
 from sealane.session.attestation import Attested, Subject
 from sealane.session.channel import (
@@ -102,7 +102,8 @@ class Enclave:
         self._channel: Channel | None = None
         self._connection: socket.socket | None = None
         self._quoting: QuotingLine | None = None
-        self._attested_at = self._reattest_every_s = 0.0
+        self._attested_at = self._reattest_every_s = self._met_at = 0.0
+        self._rounds_begun = 0  # by the source, after the first
         self._outgoing = b""
         self._trusted: dict[str, str] = {}
         self._migration = ""
@@ -334,9 +335,10 @@ class Enclave:
         for event in events:
             match event:
                 case EvidenceWanted():
+                    self._check_pace()
                     self._need_quoting().ask(EvidenceAsked(event.report_data, event.vm), self._on_evidence)
                 case Established():
-                    self._attested_at = self._clock()
+                    self._attested_at = self._met_at = self._clock()
                     self._tell_established(event)
                 case Reattested():
                     self._attested_at = self._clock()
@@ -383,6 +385,15 @@ class Enclave:
         if due and now - self._attested_at >= self._reattest_every_s:
             self._attested_at = now
             self._on_events(self._need_channel().attest_again())
+
+    def _check_pace(self) -> None:
+        """Raise `attest.too-often` where a source begins rounds faster than this host would."""
+        if self._is_source or not self._need_channel().established:
+            return
+        self._rounds_begun += 1
+        pause_s = min(REATTEST_PAUSE_S, self._reattest_every_s)
+        if self._rounds_begun > REATTEST_AT_ONCE + (self._clock() - self._met_at) / pause_s:
+            raise make_error("attest.too-often")
 
     def _tell_message(self, payload: bytes) -> None:
         try:
