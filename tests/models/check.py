@@ -107,13 +107,14 @@ def _walk(directory: Path, claim: str, *, is_safety: bool) -> Verdict:
     arguments = [*([] if is_safety else ["-a"]), f"-m{_DEPTH_MAX}", "-N", claim]
     begun = time.monotonic()
     said = _run([str(program), *arguments], directory)
-    return _read(claim, said, time.monotonic() - begun)
+    return read(claim, said, time.monotonic() - begun)
 
 
-def _read(claim: str, said: str, seconds: float) -> Verdict:
+def read(claim: str, said: str, seconds: float) -> Verdict:
+    """What spin `said` of a claim; raises SpinError where that is no whole walk under this claim."""
     errors = re.search(r"errors: (\d+)", said)
-    states = re.search(r"(\d+) states, stored", said)
-    transitions = re.search(r"(\d+) transitions", said)
+    states = re.search(r"^\s*([\d.e+]+) states, stored", said, re.MULTILINE)
+    transitions = re.search(r"^\s*([\d.e+]+) transitions", said, re.MULTILINE)  # beyond nine digits as 4.5e+08
     depth = re.search(r"depth reached (\d+)", said)
     if not (errors and states and transitions and depth) or "max search depth too small" in said:
         raise SpinError(said)
@@ -123,7 +124,7 @@ def _read(claim: str, said: str, seconds: float) -> Verdict:
         violation = first[1] if first else "an error without a word"
     elif "Search not completed" in said or re.search(rf"never claim\s+\+ \({claim}\)", said) is None:
         raise SpinError(said)
-    return Verdict(claim, violation, int(states[1]), int(transitions[1]), int(depth[1]), seconds)
+    return Verdict(claim, violation, int(float(states[1])), int(float(transitions[1])), int(depth[1]), seconds)
 
 
 def unreached(defines: Sequence[str] = (), model: Model = HANDOVER) -> list[str]:
