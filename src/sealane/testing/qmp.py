@@ -39,8 +39,12 @@ class Qmp:
         self._events: list[dict[str, Any]] = []
         self._socket = _connect(path, timeout_s)
         self._file = self._socket.makefile("rwb")
-        self._read()
-        self.execute("qmp_capabilities")
+        try:
+            self._read()
+            self.execute("qmp_capabilities")
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> "Qmp":
         return self
@@ -52,7 +56,8 @@ class Qmp:
 
     def close(self) -> None:
         """Ends the connection."""
-        self._file.close()
+        with suppress(OSError):  # a command that QEMU did not take any more is still to be written
+            self._file.close()
         self._socket.close()
 
     def interrupt(self) -> None:
@@ -73,11 +78,14 @@ class Qmp:
     def execute(self, command: str, /, **arguments: Any) -> Any:
         """Runs one command and gives what it returned. Underscores in argument names become dashes.
 
-        Raises RigError with QEMU's own words where it refuses.
+        Raises RigError with QEMU's own words where it refuses, and where it is gone.
         """
         renamed = {name.replace("_", "-"): value for name, value in arguments.items()}
-        self._file.write(json.dumps({"execute": command, "arguments": renamed}).encode() + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"execute": command, "arguments": renamed}).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise RigError(f"QEMU closed its monitor before {command}: {error}") from error
         while True:
             message = self._read()
             if "event" in message:
