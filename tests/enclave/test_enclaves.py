@@ -375,8 +375,9 @@ def test_a_destination_that_would_ask_as_often_attests_as_often(pair: Pair) -> N
     pair.reattest_every_s = 0.001
     pair.meet()
     pair.open_lanes(1)
-    for _ in range(REATTEST_AT_ONCE + 4):
-        pair.destination.until(PeerSeen)
+    seen = [pair.destination.until(PeerSeen) for _ in range(REATTEST_AT_ONCE + 4)]
+    assert all(each.accepted for each in seen)
+    assert not any(isinstance(each, Failed) for each in pair.destination.heard)
 
 
 @pytest.mark.parametrize("when", ["at the start", "before the lanes", "at a source"])

@@ -134,9 +134,8 @@ async def test_a_source_that_runs_is_not_in_doubt(tmp_path: Path, state: str) ->
         store.journal(migration(1, state=state), qmp=str(tmp_path / "s"))
         async with stopped_by_migration(tmp_path, completed=True):
             async with QmpMachine.connect(str(tmp_path / "s"), 10) as source:
-                while (
-                    await source.run_state() == "finish-migrate"
-                ):  # QEMU says "completed" a moment before it has tidied up
+                # QEMU says "completed" a moment before it has tidied up
+                while await source.run_state() == "finish-migrate":
                     await asyncio.sleep(0.01)
                 await source.resume()
             jobs, _ = await recovered(store, tmp_path / "s")

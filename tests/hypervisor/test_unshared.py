@@ -1,12 +1,13 @@
 """A QEMU that believes in a postcopy which began nowhere else runs its VM again, with its disks or not at all."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from sealane.errors import SealaneError
 from sealane.hypervisor.qmp import QmpMachine
+from sealane.hypervisor.qmp_connection import QmpConnection
 from sealane.hypervisor.unshared import IN_POSTCOPY, believes_in_postcopy, run_unshared
 from tests.hypervisor.machines import skip_without_qemu
 from tests.hypervisor.strands import unshared_switch
@@ -113,7 +114,7 @@ async def test_what_believes_in_postcopy(status: str) -> None:
 async def test_a_thread_that_does_not_sleep_is_not_overtaken(tmp_path: Path, status: str | None) -> None:
     monitor = Sleeping(query_migrate={"status": status})
     with pytest.raises(SealaneError, match=rf"says of its postcopy: {status}.*vm\.qmp"):
-        await run_unshared(monitor, str(tmp_path / "g"), 5)  # type: ignore[arg-type]
+        await run_unshared(cast(QmpConnection, monitor), str(tmp_path / "g"), 5)
     assert monitor.told == []
 
 
@@ -130,5 +131,5 @@ async def test_disks_that_do_not_come_back_keep_it_paused(
 ) -> None:
     monitor = Sleeping(becomes=becomes, query_named_block_nodes=nodes)
     with pytest.raises(SealaneError, match=rf"{words}.*vm\.qmp"):
-        await run_unshared(monitor, str(tmp_path / "g"), 5)  # type: ignore[arg-type]
+        await run_unshared(cast(QmpConnection, monitor), str(tmp_path / "g"), 5)
     assert monitor.told == told

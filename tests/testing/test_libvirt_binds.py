@@ -2,6 +2,7 @@
 
 import shlex
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -88,8 +89,10 @@ def test_the_commands_name_odd_paths_as_they_are(tmp_path: Path, system: Path, m
 
 
 @pytest.mark.parametrize("source", ["environment", "private"])
-def test_no_libvirt_gets_another_qemu_than_was_asked_for(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = QemuBinary(Path("/opt/qemu"), (10, 0, 2), source)  # type: ignore[arg-type]
+def test_no_libvirt_gets_another_qemu_than_was_asked_for(
+    source: Literal["environment", "private"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = QemuBinary(Path("/opt/qemu"), (10, 0, 2), source)
     system = QemuBinary(Path("/usr/bin") / NAME, (7, 2, 22), "system")
     monkeypatch.delenv("SEALANE_LIBVIRT", raising=False)
     monkeypatch.setattr(module, "find_qemu", lambda: asked)

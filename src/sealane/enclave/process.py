@@ -392,7 +392,7 @@ class Enclave:
             return
         self._rounds_begun += 1
         pause_s = min(REATTEST_PAUSE_S, self._reattest_every_s)
-        if self._rounds_begun > REATTEST_AT_ONCE + (self._clock() - self._met_at) / pause_s:
+        if (self._rounds_begun - REATTEST_AT_ONCE) * pause_s > self._clock() - self._met_at:
             raise make_error("attest.too-often")
 
     def _tell_message(self, payload: bytes) -> None:

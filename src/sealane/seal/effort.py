@@ -58,7 +58,7 @@ class Interval:
 
 
 class Effort:
-    """One lane's choice; `level` is None while nothing is to be reduced, a line is fast where it was that for `decided_bytes`."""
+    """One lane's choice; `level` is None while nothing is to be reduced; if it still is after `decided_bytes`, the line is fast."""
 
     def __init__(self, lanes: int) -> None:
         self._fast = _FAST_LINE_BYTES_PER_S / max(1, lanes)

@@ -22,6 +22,7 @@ from typing import Any, Final, Literal, get_args
 
 from sealane.errors import SealaneError
 from sealane.testing.pair import AgentHost, process_name
+from sealane.testing.problems import RigError
 from sealane.testing.trips import PRECOPY, Trip
 from sealane.testing.wiretap import Wiretap
 from sealane.vtpm.launcher import KEEPER_NAME
@@ -225,6 +226,7 @@ def _kill(pid: int) -> None:
         process = os.pidfd_open(pid)
         try:
             signal.pidfd_send_signal(process, signal.SIGKILL)
-            select.select([process], [], [], _KILLED_WITHIN_S)
+            if not select.select([process], [], [], _KILLED_WITHIN_S)[0]:
+                raise RigError(f"process {pid} was killed, and did not end within {_KILLED_WITHIN_S:g} s")
         finally:
             os.close(process)

@@ -89,7 +89,7 @@ class StandingGate:
             self._asking = asyncio.create_task(self._ask_about_the_newest(), name=f"policy {self._job.id[:8]}")
 
     async def _ask_about_the_newest(self) -> None:
-        """One question at a time: it is the peer at the source who begins the rounds, as often as it likes."""
+        """One question at a time: the peer at the source may begin rounds faster than a policy answers."""
         try:
             while (seen := self._unasked) is not None:
                 self._unasked = None
